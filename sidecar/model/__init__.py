@@ -1,0 +1,1 @@
+"""The nouns: data and state tables without I/O. Everything above speaks in these words."""

@@ -1,0 +1,42 @@
+"""What policy is asked and what it answers."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Action(StrEnum):
+    """The Cedar actions, word for word."""
+
+    WORKFLOW_OPEN = "workflow.open"
+    LEASE_ISSUE = "lease.issue"
+    LEASE_RENEW = "lease.renew"
+    TOKEN_EXCHANGE = "token.exchange"
+    HTTP_REQUEST = "http.request"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Everything that a decision depends on, besides policy itself: equal questions have equal answers."""
+
+    agent: str
+    action: Action
+    tool: str = ""
+    """Empty for workflow.open."""
+    workflow_name: str = ""
+    method: str = ""
+    path: str = ""
+    """Canonical, without the query."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """Policy's yes, and the proof of it. Made only by `policy.decider`."""
+
+    question: Question
+    scopes: tuple[str, ...]
+    """Sorted; the tool's configured scopes, narrowed by `@scopes`."""
+    ttl: float
+    """Seconds a credential may live at most; `inf` when no obligation says."""
+    policy_ids: tuple[str, ...]
+    epoch: int
+    """The policy's epoch when this was decided; a reload raises it and makes older permits worthless."""

@@ -1,0 +1,67 @@
+"""The few Protocols: only where two real implementations exist, or where siblings meet that must not import each other."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from sidecar.model.lease import Credential, IssuerOutcome, RevocationRecord
+from sidecar.model.policy import Action, Permit
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import Workflow
+from sidecar.secret import Secret
+
+
+class SvidSource(Protocol):
+    """The identities of the declared agents. Real: `identity.source.WorkloadSvids`; in tests a fake with the same contract."""
+
+    def require_identity(self, agent: str) -> None:
+        """Raises `IdentityError` unless `agent` has an unexpired identity now. Never blocks: asked before each injection."""
+        ...
+
+    async def jwt_svid(self, agent: str, audience: str) -> Secret:
+        """A JWT-SVID of `agent` for exactly `audience`, unexpired. Raises `IdentityError`."""
+        ...
+
+
+class Exchanger(Protocol):
+    """Turns an identity into a credential at one issuer, and takes it back.
+
+    Real: `credentials.exchangers.token_exchange` (RFC 8693) and `credentials.exchangers.static`.
+    """
+
+    issuer: str
+
+    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
+        """A new credential. Raises `IssuerError` or `IdentityError`. `ttl`: seconds it should live at most."""
+        ...
+
+    async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:
+        """RFC 7662 `active`, or None when no trustworthy look-up is possible. Raises `IssuerError` on failure."""
+        ...
+
+    async def revoke(self, record: RevocationRecord) -> IssuerOutcome:
+        """RFC 7009, once: ACKNOWLEDGED or LOCAL_ONLY. Raises `IssuerError` or `IdentityError`: the revoker tries again."""
+        ...
+
+    async def aclose(self) -> None: ...
+
+
+class LeaseDecider(Protocol):
+    """What the broker asks of policy at issue, renewal and exchange. Real: `policy.decider.Decider`."""
+
+    def decide_lease(self, action: Action, workflow: Workflow, tool: Tool, scopes: tuple[str, ...]) -> Permit:
+        """Raises `Denied`. The permit's scopes are `scopes`, narrowed."""
+        ...
+
+
+class AuditSink(Protocol):
+    """Where encoded audit lines go. Real: `audit.sinks.FileSink` and `audit.sinks.StdoutSink`."""
+
+    def write(self, lines: bytes) -> None:
+        """Whole lines of JSON, each ended by a newline. May raise OSError: the log counts it and says so."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Health = Mapping[str, object]
+"""One dependency's row of `status`: name, ok, since, last_error, next_try, effect."""
