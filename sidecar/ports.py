@@ -1,4 +1,4 @@
-"""The few Protocols: only where two real implementations exist, or where siblings meet that must not import each other."""
+"""The few Protocols: where two real implementations exist, or siblings meet that must not import each other."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -11,10 +11,10 @@ from sidecar.secret import Secret
 
 
 class SvidSource(Protocol):
-    """The identities of the declared agents. Real: `identity.source.WorkloadSvids`; in tests a fake with the same contract."""
+    """The identities of the declared agents. Real: `identity.source.WorkloadSvids`; in tests a fake, same contract."""
 
     def require_identity(self, agent: str) -> None:
-        """Raises `IdentityError` unless `agent` has an unexpired identity now. Never blocks: asked before each injection."""
+        """Raises `IdentityError` unless `agent` has an unexpired identity now. Sync: asked before each injection."""
         ...
 
     async def jwt_svid(self, agent: str, audience: str) -> Secret:
@@ -39,7 +39,7 @@ class Exchanger(Protocol):
         ...
 
     async def revoke(self, record: RevocationRecord) -> IssuerOutcome:
-        """RFC 7009, once: ACKNOWLEDGED or LOCAL_ONLY. Raises `IssuerError` or `IdentityError`: the revoker tries again."""
+        """RFC 7009, once: ACKNOWLEDGED or LOCAL_ONLY. On `IssuerError`, `IdentityError` the revoker tries again."""
         ...
 
     async def aclose(self) -> None: ...

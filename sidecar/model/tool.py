@@ -1,4 +1,4 @@
-"""A tool: what the agent may want to use, and all that is fixed about reaching it. A route: which tool a call is for."""
+"""A tool: what the agent may want to use, and all that is fixed about reaching it. A route: the tool of one call."""
 
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -8,7 +8,7 @@ from sidecar.model.lease import TokenCheck
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """One destination: normalised host (lower case, A-labels, no trailing dot; an IP literal without brackets) and port."""
+    """One destination: normalised host (lower case, A-labels, no trailing dot; IP literals without brackets), port."""
 
     host: str
     port: int
