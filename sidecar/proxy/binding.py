@@ -1,0 +1,46 @@
+"""Which workflow a call belongs to, from what the connection and the head carry. First match; a bad handle ends it.
+
+A CredentialHandle in `Authorization` binds too: it names its workflow, and is good for its own tool only.
+"""
+
+import base64
+import binascii
+
+from sidecar.errors import CallerError, Reason
+from sidecar.model.caller import Caller
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import Workflow
+from sidecar.proxy.http1 import RequestHead
+from sidecar.proxy.plane import Plane
+
+_CREDENTIAL_HANDLE = b"bearer slh_"
+
+
+def handle_of(raw: bytes | None) -> str | None:
+    """The handle in a Proxy-Authorization value (Basic: the password; Bearer: the token) or in x-spanlock-workflow."""
+    if raw is None:
+        return None
+    scheme, _, rest = raw.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return rest.strip().decode("latin-1")
+    if scheme.lower() != b"basic":
+        return raw.decode("latin-1")
+    try:
+        decoded = base64.b64decode(rest.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        raise CallerError(Reason.HANDLE_INVALID, "Proxy-Authorization is not valid Basic") from None
+    return decoded.partition(b":")[2].decode("latin-1")
+
+
+def join(plane: Plane, caller: Caller, head: RequestHead, tunnel_handle: str | None, tool: Tool) -> Workflow:
+    """The open workflow of this call. Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
+    handle = handle_of(head.handle) or tunnel_handle
+    authorization = head.authorization
+    if authorization is None or authorization[: len(_CREDENTIAL_HANDLE)].lower() != _CREDENTIAL_HANDLE:
+        return plane.registry.join(caller, handle, head.traceparent)
+    value = authorization[7:].strip().decode("latin-1")
+    workflow_id, _ = plane.broker.resolve_handle(value, caller.agents, tool.name)
+    named = plane.registry.join(caller, handle, head.traceparent) if handle or caller.workflow else None
+    if named is not None and named.id != workflow_id:
+        raise CallerError(Reason.HANDLE_INVALID, "the credential handle belongs to another workflow")
+    return named or plane.registry.get(workflow_id)

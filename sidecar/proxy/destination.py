@@ -1,0 +1,96 @@
+"""The names agree: which tool a call is for, from the connection and the one Host header together (H1, H2, H5).
+
+Three ways in, one rule: the destination is fixed before policy, and nothing that the agent writes can name a second one.
+"""
+
+from enum import Enum
+
+from sidecar.errors import CallerError, Reason
+from sidecar.model.tool import Authority, Tool
+from sidecar.proxy.egress import is_loopback
+from sidecar.proxy.http1 import RequestHead
+from sidecar.tools.names import parse_authority
+from sidecar.tools.router import Router
+
+
+class Mode(Enum):
+    """How a call came; in the audit record."""
+
+    EXPLICIT = "explicit"
+    INTERCEPTED = "intercepted"
+    REVERSE = "reverse"
+
+
+def _mismatch(detail: str) -> CallerError:
+    return CallerError(Reason.AUTHORITY_MISMATCH, detail)
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("latin-1")
+
+
+def connect(head: RequestHead, router: Router) -> tuple[Authority, Tool]:
+    """CONNECT's authority and its tool. The port must be written; a Host header must agree."""
+    authority = parse_authority(_text(head.target), None)
+    if head.host is not None and parse_authority(_text(head.host), authority.port) != authority:
+        raise _mismatch("CONNECT and its Host header name two destinations")
+    return authority, router.by_authority(authority, "https")
+
+
+def intercepted(head: RequestHead, authority: Authority, tool: Tool) -> tuple[Tool, bytes]:
+    """Inside the tunnel: Host must be the CONNECT authority (which the TLS server name equals already)."""
+    target = head.target
+    if not target.startswith(b"/"):
+        if target == b"*" and head.method == b"OPTIONS":
+            return tool, target
+        absolute, target = _split_absolute(target, "https")
+        if absolute != authority:
+            raise _mismatch("the request line names another host than the tunnel")
+    if head.host is None or parse_authority(_text(head.host), 443) != authority:
+        raise _mismatch(f"Host is not the tunnel's destination {authority}")
+    return tool, target
+
+
+def absolute(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
+    """A plain-http proxy request: the absolute form is the destination and Host must repeat it."""
+    authority, target = _split_absolute(head.target, "http")
+    if head.host is None or parse_authority(_text(head.host), 80) != authority:
+        raise _mismatch(f"Host is not the request line's destination {authority}")
+    try:
+        tool = router.by_authority(authority, "http")
+    except CallerError:
+        if any(t.authority.host == authority.host for t in router.tools):
+            raise CallerError(
+                Reason.CLEARTEXT_REFUSED, f"{authority.host} is a tool over https; use an https:// URL"
+            ) from None
+        raise
+    if not tool.allow_cleartext and not is_loopback(authority.host):
+        raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
+    return tool, target
+
+
+def reverse(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
+    """The base-URL mode: the first path segment is the tool's name; the outbound names are all the tool's own.
+
+    Host must be loopback: a web page that rebinds its own name to 127.0.0.1 gets nothing (N6).
+    """
+    if head.host is None or not is_loopback(parse_authority(_text(head.host), 80).host):
+        raise _mismatch("the base-URL listener is addressed by a loopback name only")
+    name, slash, rest = head.target[1:].partition(b"/")
+    name, query, parameters = name.partition(b"?")
+    tool = router.by_name(_text(name))
+    if tool.scheme == "http" and not tool.allow_cleartext and not is_loopback(tool.authority.host):
+        raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
+    return tool, (b"/" + rest if slash else b"/" + query + parameters)
+
+
+def _split_absolute(target: bytes, scheme: str) -> tuple[Authority, bytes]:
+    """`scheme://authority/path` into the authority and the origin form."""
+    prefix = scheme.encode() + b"://"
+    if target[: len(prefix)].lower() != prefix:
+        raise _mismatch(f"the request line is neither {scheme}://… nor CONNECT")
+    rest = target[len(prefix) :]
+    cut = min((i for i in (rest.find(b"/"), rest.find(b"?")) if i >= 0), default=len(rest))
+    path = rest[cut:]
+    authority = parse_authority(_text(rest[:cut]), 443 if scheme == "https" else 80)
+    return authority, path if path.startswith(b"/") else b"/" + path

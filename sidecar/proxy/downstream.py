@@ -1,0 +1,325 @@
+"""The agent's connection: strict heads in, one flow at a time, answers out.
+
+One class for every listener and for the inside of an intercepted tunnel: what differs is `mode` and what CONNECT fixed.
+Bytes are read only as far as the present message goes; what follows waits, so pipelined requests are served in order.
+"""
+
+import asyncio
+import ssl
+from typing import cast
+
+from sidecar.errors import CallerError, Reason, SpanlockError
+from sidecar.model.caller import Caller
+from sidecar.model.tool import Authority, Tool
+from sidecar.model.workflow import Workflow
+from sidecar.proxy import binding, destination, rescue
+from sidecar.proxy.destination import Mode
+from sidecar.proxy.flow import Flow
+from sidecar.proxy.framing import LAST_CHUNK, chunk
+from sidecar.proxy.http1 import MAX_HEAD, RequestHead, ResponseHead, parse_request
+from sidecar.proxy.plane import Plane
+
+MAX_AHEAD = 64 * 1024
+"""Bytes read ahead of what the tool takes; then the agent's socket is not read. Precedent: asyncio's write buffer."""
+
+NOBODY = Caller(uid=-1, agents=frozenset())
+_HANDSHAKE_SECONDS = 10.0
+_PREFACE = b"PRI * HTTP/2.0\r\n"
+_RESPONSE_DROPPED = frozenset(
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+     b"transfer-encoding", b"upgrade", b"alt-svc")
+)  # fmt: skip
+
+
+def _handshake_refusal(error: Exception) -> CallerError:
+    """The client only sees the connection end, so the reason stands in the audit alone."""
+    if isinstance(error, ssl.SSLError) and "CALLBACK" in (error.reason or ""):
+        return CallerError(Reason.AUTHORITY_MISMATCH, "the TLS server name is missing or not the CONNECT target")
+    return CallerError(Reason.CLIENT_GONE, "the agent ended the TLS handshake; does it trust the sidecar's CA?")
+
+
+class Connection(asyncio.Protocol):
+    """One connection from an agent. `connections` (the listener's set) holds it while it lives."""
+
+    def __init__(self, plane: Plane, mode: Mode, connections: "set[Connection]", workflow: str | None = None) -> None:
+        self.plane = plane
+        self.mode = mode
+        self.caller = NOBODY
+        self.authority: Authority | None = None
+        self.tool: Tool | None = None
+        self.handle: str | None = None
+        self.deadline = plane.clock.monotonic() + plane.limits.request_head_seconds
+        self.flow: Flow | None = None
+        self._connections = connections
+        self._own_workflow = workflow
+        self._joined: Workflow | None = None
+        self._transport: asyncio.Transport | None = None
+        self._buffer = b""
+        self._refusal: SpanlockError | None = None
+        self._chunked_reply = False
+        self._intercepting = False
+        self._paused = False
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Accepts: who is calling is found once, here."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._connections.add(self)
+        try:
+            if len(self._connections) > self.plane.limits.connections:
+                raise CallerError(Reason.TOO_MANY_CONNECTIONS, "the limit of open connections is reached")
+            caller = self.plane.find_caller(transport.get_extra_info("sockname"), transport.get_extra_info("peername"))
+            self.caller = Caller(caller.uid, caller.agents, self._own_workflow)
+        except SpanlockError as error:
+            self._refusal = error
+
+    def attach(self, transport: asyncio.Transport) -> None:
+        """Inside a tunnel: `start_tls` calls no `connection_made`, and data may have come before it returned."""
+        self._transport = transport
+        self._connections.add(self)
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._advance(data)
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is None:
+            self._buffer += data
+        elif self.flow is not None:
+            self._body(self.flow, data)
+        elif self._intercepting:
+            self._reject(CallerError(Reason.EARLY_DATA, "bytes came before CONNECT was answered"))
+        else:
+            self._advance(self._buffer + data if self._buffer else data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._connections.discard(self)
+        if self._joined is not None:
+            self._joined.flows.discard(self)
+        if self.flow is not None:
+            self.flow.fail(CallerError(Reason.CLIENT_GONE, "the agent closed the connection"))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        if self.flow is not None and self.flow.upstream is not None:
+            self.flow.upstream.pause()
+
+    def resume_writing(self) -> None:
+        if self.flow is not None and self.flow.upstream is not None:
+            self.flow.upstream.resume()
+
+    # -- requests in --------------------------------------------------------------------------------------------
+
+    def _advance(self, data: bytes) -> None:
+        """Takes one head off `data` and begins its flow; the rest is its body, then the next request."""
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or end + 4 > MAX_HEAD:
+            self._incomplete(data)
+            return
+        self._buffer = b""
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            if data.startswith(_PREFACE):
+                raise CallerError(Reason.UPGRADE_REFUSED, "HTTP/2 without negotiation is refused")
+            head = parse_request(data[: end + 4])
+            rest = data[end + 4 :]
+            if head.method == b"CONNECT":
+                self._connect(head, rest)
+                return
+            payload, rest = head.framing.feed(rest) if rest else (b"", rest)
+        except SpanlockError as error:
+            self._reject(error)
+            return
+        self.flow = flow = Flow(self.plane, self, head)
+        if payload or head.framing.done:
+            flow.request_body(payload, head.framing.done)
+        if rest:
+            self._buffer = rest
+        if not head.framing.done and not head.expects_continue:
+            self._hold_back()
+        flow.start(flow.serve())
+
+    def _incomplete(self, data: bytes) -> None:
+        if len(data) > MAX_HEAD:
+            self._reject(CallerError(Reason.REQUEST_TOO_LARGE, "the request's head is over 64 KiB"))
+            return
+        if not self._buffer:
+            self.deadline = self.plane.clock.monotonic() + self.plane.limits.request_head_seconds
+        self._buffer = data
+        if data.count(b"\n") != data.count(b"\r\n"):
+            # It will never be a head, and waiting for its end would only tie the connection up.
+            self._reject(CallerError(Reason.MALFORMED_REQUEST, "bare LF line ends"))
+
+    def _body(self, flow: Flow, data: bytes) -> None:
+        """More of the present request's body, and perhaps the beginning of the next request."""
+        framing = flow.head.framing
+        try:
+            payload, rest = framing.feed(data)
+        except SpanlockError as error:
+            flow.fail(error)
+            return
+        if payload or (framing.done and not flow.body_complete):
+            flow.request_body(payload, framing.done)
+        if rest:
+            self._buffer += rest
+            if len(self._buffer) > MAX_AHEAD:
+                self._hold_back()
+        elif flow.upstream is None or flow.upstream.flow is not flow:
+            self._hold_back()
+
+    def _hold_back(self) -> None:
+        """Stops reading until the tool takes the body: at most one read is ahead."""
+        if self._transport is not None and not self._paused and not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._paused = True
+
+    def body_wanted(self, wanted: bool) -> None:
+        if not wanted:
+            self._hold_back()
+        elif self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+
+    # -- CONNECT ------------------------------------------------------------------------------------------------
+
+    def _connect(self, head: RequestHead, rest: bytes) -> None:
+        """Fixes the tunnel's one destination, then answers; TLS begins in a task of its own."""
+        if self.mode is not Mode.EXPLICIT:
+            raise CallerError(Reason.METHOD_REFUSED, "CONNECT is refused inside a tunnel and on the base-URL listener")
+        if rest or not head.framing.done:
+            raise CallerError(Reason.EARLY_DATA, "bytes followed CONNECT before it was answered")
+        if self.plane.draining:
+            raise CallerError(Reason.DRAINING, "the sidecar is shutting down")
+        self.authority, self.tool = destination.connect(head, self.plane.router)
+        self.handle = binding.handle_of(head.handle)
+        if self.handle is not None or self.caller.workflow is not None:
+            self._joined = self.plane.registry.join(self.caller, self.handle, None)
+            self._joined.flows.add(self)
+        self._intercepting = True
+        self.plane.background.spawn(self._intercept(self.authority.host), "intercept")
+
+    async def _intercept(self, host: str) -> None:
+        """Answers 200 and terminates TLS with a leaf for the CONNECT name; a failed handshake ends the connection."""
+        loop = asyncio.get_running_loop()
+        context = await loop.run_in_executor(None, self.plane.ca.leaf, host)
+        outer = self._transport
+        if outer is None or outer.is_closing():
+            return
+        inner = Connection(self.plane, Mode.INTERCEPTED, self._connections)
+        inner.inherit(self)
+        outer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        try:
+            transport = await loop.start_tls(
+                outer, inner, context, server_side=True, ssl_handshake_timeout=_HANDSHAKE_SECONDS
+            )
+        except (OSError, ValueError) as error:
+            outer.abort()
+            inner.connection_lost(None)
+            self.plane.record_refusal(self.caller, Mode.INTERCEPTED.value, 0, _handshake_refusal(error))
+            return
+        finally:
+            self._connections.discard(self)
+        if transport is None:
+            return
+        inner.attach(transport)
+
+    def inherit(self, outer: "Connection") -> None:
+        """What CONNECT fixed holds inside the tunnel: caller, destination, handle, and the workflow that may cut it."""
+        self.caller, self.handle = outer.caller, outer.handle
+        self.authority, self.tool = outer.authority, outer.tool
+        self._joined, outer._joined = outer._joined, None
+        if self._joined is not None:
+            self._joined.flows.discard(outer)
+            self._joined.flows.add(self)
+
+    # -- answers out (called by the flow) -----------------------------------------------------------------------
+
+    def send_continue(self) -> None:
+        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def reply(self, head: ResponseHead, keep_alive: bool) -> None:
+        """The response's head, re-serialised; a body of unknown length is chunked anew."""
+        self._chunked_reply = head.framing.kind in ("chunked", "until_close")
+        parts = [b"HTTP/1.1 %d " % head.status, head.phrase, b"\r\n"]
+        for name, value in head.headers:
+            if name not in _RESPONSE_DROPPED:
+                parts += (name, b": ", value, b"\r\n")
+        if self._chunked_reply:
+            parts.append(b"transfer-encoding: chunked\r\n")
+        parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        self._write(b"".join(parts))
+
+    def relay(self, payload: bytes) -> None:
+        self._write(chunk(payload) if self._chunked_reply else payload)
+
+    def end_reply(self) -> None:
+        if self._chunked_reply:
+            self._write(LAST_CHUNK)
+
+    def reject(self, error: SpanlockError, keep_alive: bool) -> int:
+        """Answers with the refusal and returns its status."""
+        head_only = self.flow is not None and self.flow.method == b"HEAD"
+        self._write(rescue.response(error, keep_alive=keep_alive, head_only=head_only))
+        return rescue.STATUS[error.reason]
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Closes after what is written has gone out."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def cut(self) -> None:
+        """The workflow that this tunnel belongs to closed (model.workflow.LiveFlow). Its flow has been cut by itself."""
+        if self.flow is None and self._transport is not None:
+            self._transport.close()
+
+    def flow_ended(self, keep_alive: bool) -> None:
+        """The connection is free for the next request, or ends."""
+        self.flow = None
+        if self._transport is None:
+            return
+        if not keep_alive:
+            self._transport.close()
+            return
+        now = self.plane.clock.monotonic()
+        self.deadline = now + self.plane.limits.keep_alive_seconds
+        self.body_wanted(True)
+        if self._buffer:
+            asyncio.get_running_loop().call_soon(self._resume)
+
+    def _resume(self) -> None:
+        """The next pipelined request, unless newer bytes have begun it already."""
+        if self._buffer and self.flow is None and self._transport is not None:
+            self._advance(self._buffer)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def expire(self, now: float) -> None:
+        """Called by the listener's sweep: a request that never completes, an idle connection, a silent stream."""
+        flow = self.flow
+        if flow is None:
+            if now > self.deadline and self._transport is not None:
+                if self._buffer:
+                    self._reject(CallerError(Reason.REQUEST_TIMEOUT, "the request's head did not arrive in time"))
+                else:
+                    self._transport.close()
+            return
+        flow.expire(now)
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def _reject(self, error: SpanlockError) -> None:
+        """A refusal before any flow: answered, recorded, and the connection ends."""
+        status = self.reject(error, keep_alive=False)
+        self.plane.record_refusal(self.caller, self.mode.value, status, error)
+        if self._transport is not None:
+            self._transport.close()

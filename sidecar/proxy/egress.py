@@ -1,0 +1,105 @@
+"""Which addresses a credential may travel to: resolve, check every answer, pin one, dial that.
+
+Only globally routable unicast addresses, unless the tool's `allow_networks` says otherwise. An IPv4 address embedded in
+IPv6 (mapped, compatible, NAT64, 6to4, Teredo, ISATAP) is taken out and judged itself, so that DNS64 networks work and
+nothing hides in them. The registries are those of `ipaddress` (IANA special-purpose), with what it calls global and we do not.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+
+from sidecar.errors import Reason, UpstreamError
+from sidecar.model.tool import Tool
+
+Address = IPv4Address | IPv6Address
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+"""Name and port to IP addresses as text. Raises OSError."""
+
+_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
+_COMPATIBLE = IPv6Network("::/96")
+_SITE_LOCAL = IPv6Network("fec0::/10")
+_REFUSED_V4 = tuple(
+    IPv4Network(n)
+    for n in ("0.0.0.0/8", "100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "240.0.0.0/4")
+)
+_ISATAP = (0x00005EFE, 0x02005EFE)
+
+
+async def system_resolver(host: str, port: int) -> list[str]:
+    """The machine's resolver, in the loop's thread pool."""
+    loop = asyncio.get_running_loop()
+    answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(sockaddr[0]) for *_, sockaddr in answers]
+
+
+def embedded_v4(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that `address` stands for, if it is of a kind that carries one."""
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    packed = int(address)
+    if any(address in network for network in _NAT64) or (address in _COMPATIBLE and packed > 1):
+        return IPv4Address(packed & 0xFFFFFFFF)
+    if (packed >> 32) & 0xFFFFFFFF in _ISATAP:
+        return IPv4Address(packed & 0xFFFFFFFF)
+    return None
+
+
+def is_public(address: Address) -> bool:
+    """Whether anybody's packets may go there: global unicast only."""
+    if isinstance(address, IPv6Address):
+        if (inner := embedded_v4(address)) is not None:
+            return is_public(inner)
+        return address.is_global and not address.is_multicast and address not in _SITE_LOCAL
+    return address.is_global and not address.is_multicast and not any(address in n for n in _REFUSED_V4)
+
+
+def allowed(address: Address, tool: Tool) -> bool:
+    """Whether `tool` may be reached at `address`: public, or in a network that the operator listed for this tool."""
+    candidates: list[Address] = [address]
+    if isinstance(address, IPv6Address) and (inner := embedded_v4(address)) is not None:
+        candidates.append(inner)
+    if any(c in network for c in candidates for network in tool.allow_networks if c.version == network.version):
+        return True
+    return is_public(address)
+
+
+async def addresses(tool: Tool, resolve: Resolve) -> list[str]:
+    """The checked addresses of `tool`, to dial in this order.
+
+    The operator's own `address` is taken as given. Otherwise every answer must be allowed: one private answer among
+    public ones is an attack or a mistake, and both are refused. Raises `UpstreamError` (dns_failed, address_refused).
+    """
+    if tool.address is not None:
+        return [tool.address]
+    host = tool.authority.host
+    try:
+        answers = [host] if _is_literal(host) else await resolve(host, tool.authority.port)
+    except (OSError, UnicodeError):
+        raise UpstreamError(Reason.DNS_FAILED, f"the name of tool {tool.name} does not resolve") from None
+    if not answers:
+        raise UpstreamError(Reason.DNS_FAILED, f"the name of tool {tool.name} has no address")
+    for text in answers:
+        if "%" in text or not allowed(ip_address(text), tool):
+            raise UpstreamError(
+                Reason.ADDRESS_REFUSED, f"tool {tool.name} resolves to {text}, which is not public; see allow_networks"
+            )
+    return list(dict.fromkeys(answers))
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is this machine by its own word: a loopback literal or `localhost`."""
+    return host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)

@@ -1,0 +1,307 @@
+"""THE WAY OF A REQUEST, top to bottom: `Flow.serve`.
+
+Each step hands the next a typed proof: Workflow → Route → Permit → verified Upstream → Lease → OutboundRequest. A denied
+call costs no DNS query, no connection and no exchange; a wrong certificate costs no exchange. No `await` stands between
+the last liveness check (`broker.use`) and the write.
+"""
+
+import asyncio
+from typing import Protocol
+
+from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
+from sidecar.model.audit import FlowRecord
+from sidecar.model.caller import Caller
+from sidecar.model.lease import Lease
+from sidecar.model.policy import Permit
+from sidecar.model.tool import Authority, Route, Tool
+from sidecar.model.workflow import Workflow
+from sidecar.proxy import binding, destination
+from sidecar.proxy.destination import Mode
+from sidecar.proxy.driver import Driven
+from sidecar.proxy.framing import LAST_CHUNK, chunk
+from sidecar.proxy.http1 import RequestHead, ResponseHead
+from sidecar.proxy.inject import inject
+from sidecar.proxy.plane import Plane
+from sidecar.proxy.upstream import Upstream
+
+_IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
+_REFUSED_METHODS = frozenset((b"TRACE", b"TRACK", b"CONNECT"))
+
+
+class Downstream(Protocol):
+    """What a flow needs of the agent's connection."""
+
+    caller: Caller
+    mode: Mode
+    authority: Authority | None
+    tool: Tool | None
+    handle: str | None
+
+    def reply(self, head: ResponseHead, keep_alive: bool) -> None: ...
+    def relay(self, payload: bytes) -> None: ...
+    def end_reply(self) -> None: ...
+    def send_continue(self) -> None: ...
+    def reject(self, error: SpanlockError, keep_alive: bool) -> int: ...
+    def abort(self) -> None: ...
+    def body_wanted(self, wanted: bool) -> None: ...
+    def flow_ended(self, keep_alive: bool) -> None: ...
+
+
+class Flow(Driven):
+    """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
+
+    __slots__ = (
+        "_keep_alive", "_pending", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method", "permit",
+        "plane", "replied", "route", "started", "status", "touched", "upstream", "upstream_address", "workflow",
+    )  # fmt: skip
+
+    def __init__(self, plane: Plane, downstream: Downstream, head: RequestHead) -> None:
+        super().__init__(plane.background)
+        self.plane = plane
+        self.downstream = downstream
+        self.head = head
+        self.method = head.method
+        self.started = plane.clock.monotonic()
+        self.touched = self.started
+        self.workflow: Workflow | None = None
+        self.route: Route | None = None
+        self.permit: Permit | None = None
+        self.lease: Lease | None = None
+        self.upstream: Upstream | None = None
+        self.upstream_address = ""
+        self.error: SpanlockError | None = None
+        self.replied = False
+        self.status = 0
+        self.bytes_out = 0
+        self.body_complete = head.framing.done
+        self._pending: list[bytes] = []
+        self._keep_alive = head.keep_alive
+
+    # -- the way of a request -----------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Serves the request. Never raises: every end is an answer, or an aborted connection, and one audit record."""
+        outcome = "aborted"
+        try:
+            tool, target = self._names_agree()
+            workflow = self._join(tool)  # within which workflow
+            self.route = route = self.plane.router.route(tool, target)  # which tool, which canonical path
+            self.permit = permit = self._permitted(workflow, route)  # may it
+            for first in (True, False):
+                upstream = await self._connection(workflow, tool, fresh=not first)  # resolve, pin, dial, verify
+                lease = self.plane.broker.active(workflow, tool, permit)  # with which credential
+                self.lease = lease = lease or await self.plane.broker.lease(workflow, tool, permit)
+                self._check()
+                self._send(upstream, route, lease, workflow)  # the last liveness check and the write
+                try:
+                    head = await self._response_head(upstream)
+                    break
+                except UpstreamError:
+                    if not (first and self._may_retry(upstream)):
+                        raise
+            await self._stream_back(upstream, head)
+            outcome = "ok"
+        except SpanlockError as error:
+            outcome = self._refuse(self.error or error)
+        except asyncio.CancelledError:
+            outcome = self._refuse(self.error or CallerError(Reason.CLIENT_GONE, "the call was abandoned"))
+        finally:
+            self._end(outcome)
+
+    def _names_agree(self) -> tuple[Tool, bytes]:
+        """One destination, fixed before everything else (H1, H2, H5)."""
+        head, connection = self.head, self.downstream
+        if head.method in _REFUSED_METHODS:
+            raise CallerError(Reason.METHOD_REFUSED, f"{head.method.decode('latin-1')} is refused")
+        if head.upgrades:
+            raise CallerError(Reason.UPGRADE_REFUSED, "protocol upgrades are refused")
+        if connection.mode is Mode.INTERCEPTED and connection.authority is not None and connection.tool is not None:
+            return destination.intercepted(head, connection.authority, connection.tool)
+        if connection.mode is Mode.REVERSE or head.target.startswith(b"/"):
+            return destination.reverse(head, self.plane.router)
+        return destination.absolute(head, self.plane.router)
+
+    def _join(self, tool: Tool) -> Workflow:
+        """The workflow that this call belongs to; from here on a close cuts the flow."""
+        if self.plane.draining:
+            raise CallerError(Reason.DRAINING, "the sidecar is shutting down")
+        workflow = binding.join(self.plane, self.downstream.caller, self.head, self.downstream.handle, tool)
+        self.workflow = workflow
+        self.plane.registry.enter(workflow, self)
+        return workflow
+
+    def _permitted(self, workflow: Workflow, route: Route) -> Permit:
+        method = self.method.decode("latin-1")
+        tool = route.tool
+        if tool.methods and method not in tool.methods:
+            raise CallerError(Reason.METHOD_REFUSED, f"tool {tool.name} does not take {method}")
+        return self.plane.decider.decide_request(workflow.agent, workflow.name, tool, method, route.path)
+
+    async def _connection(self, workflow: Workflow, tool: Tool, fresh: bool) -> Upstream:
+        """An idle verified connection of this workflow to this tool, or a new one."""
+        upstream = None if fresh else self.plane.pool.take(workflow, tool)
+        self.upstream = upstream or await self.plane.pool.dial(workflow, tool)
+        self.upstream_address = self.upstream.address
+        self._check()
+        return self.upstream
+
+    def _send(self, upstream: Upstream, route: Route, lease: Lease, workflow: Workflow) -> None:
+        """Synchronous from the liveness check to the write; then the body, as far as it has come."""
+        upstream.send(inject(self.head, route, self.plane.broker.use(lease, workflow)), self)
+        if not self.body_complete:
+            if self.head.expects_continue:
+                self.downstream.send_continue()
+            self.downstream.body_wanted(True)
+        self._flush_body()
+
+    async def _response_head(self, upstream: Upstream) -> ResponseHead:
+        while upstream.response is None:
+            if upstream.error is not None:
+                raise upstream.error
+            self._check()
+            await self
+        self._check()
+        return upstream.response
+
+    async def _stream_back(self, upstream: Upstream, head: ResponseHead) -> None:
+        """The head, then the body by the protocols' own callbacks, until the last byte."""
+        self.replied = True
+        self.status = head.status
+        # An answer before the request's end leaves unread bytes on both sides: neither connection is used again (D5).
+        self._keep_alive = self._keep_alive and self.body_complete
+        self.downstream.reply(head, self._keep_alive)
+        while not upstream.complete:
+            if upstream.error is not None:
+                raise upstream.error
+            self._check()
+            await self
+        self._check()
+        self.downstream.end_reply()
+
+    # -- called by the connections ------------------------------------------------------------------------------
+
+    def relay(self, payload: bytes) -> None:
+        """A piece of the response's body (from the upstream)."""
+        self.touched = self.plane.clock.monotonic()
+        self.bytes_out += len(payload)
+        self.downstream.relay(payload)
+
+    def request_body(self, payload: bytes, complete: bool) -> None:
+        """A piece of the request's body (from the downstream)."""
+        self.touched = self.plane.clock.monotonic()
+        self.body_complete = complete
+        if payload:
+            self._pending.append(payload)
+        upstream = self.upstream
+        if upstream is not None and upstream.flow is self:
+            self._flush_body()
+
+    def upstream_writable(self, writable: bool) -> None:
+        self.downstream.body_wanted(writable)
+
+    def fail(self, error: SpanlockError) -> None:
+        """Ends the flow from outside with `error`: client gone, time-out, cut."""
+        if self.error is None:
+            self.error = error
+        if self.upstream is not None and self.upstream.flow is self:
+            self.upstream.abort()
+        self.wake()
+        self.cancel_wait()
+
+    def expire(self, now: float) -> None:
+        """Ends the flow when the tool keeps silent for longer than its time-outs allow (called once a second)."""
+        if self.upstream is None or self.route is None or self.upstream.flow is not self:
+            return
+        timeouts = self.route.tool.timeouts
+        limit = timeouts.idle if self.replied else timeouts.response
+        if now - max(self.touched, self.started) > limit:
+            self.fail(
+                UpstreamError(Reason.UPSTREAM_TIMEOUT, f"no byte from tool {self.route.tool.name} for {limit:g} s")
+            )
+
+    def cut(self) -> None:
+        """The workflow closed: no further byte with the credential leaves (model.workflow.LiveFlow)."""
+        self.fail(CallerError(Reason.WORKFLOW_CLOSED, "the workflow closed while this call was in flight"))
+
+    def drop_lease(self) -> None:
+        """The lease was withdrawn while this call was in flight."""
+        self.fail(CallerError(Reason.LEASE_GONE, "the credential was withdrawn while this call was in flight"))
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _flush_body(self) -> None:
+        upstream = self.upstream
+        if upstream is None:
+            return
+        pieces, self._pending = self._pending, []
+        if self.head.framing.kind == "chunked":
+            for piece in pieces:
+                upstream.write(chunk(piece))
+            if self.body_complete and not upstream.complete:
+                upstream.write(LAST_CHUNK)
+        else:
+            for piece in pieces:
+                upstream.write(piece)
+
+    def _may_retry(self, upstream: Upstream) -> bool:
+        """Once, on a pooled connection that proved stale: no response byte came, and doing it twice does no harm."""
+        return (
+            self.error is None
+            and upstream.reused
+            and not upstream.answered
+            and self.method in _IDEMPOTENT
+            and self.head.framing.kind == "none"
+        )
+
+    def _refuse(self, error: SpanlockError) -> str:
+        self.error = error
+        if self.replied:
+            self.downstream.abort()
+        elif error.reason is not Reason.CLIENT_GONE:
+            self._keep_alive = self._keep_alive and self.body_complete and error.reason is not Reason.MALFORMED_REQUEST
+            self.status = self.downstream.reject(error, self._keep_alive)
+        return str(error.reason)
+
+    def _end(self, outcome: str) -> None:
+        """Gives everything back and writes the one record."""
+        workflow, upstream = self.workflow, self.upstream
+        received = 0
+        if upstream is not None and workflow is not None:
+            received = upstream.bytes_in
+            if self.error is not None or not self.body_complete:
+                upstream.abort()
+            self.plane.pool.give(upstream, workflow)
+        if workflow is not None:
+            self.plane.registry.leave(workflow, self)
+        if outcome == "aborted":
+            self.downstream.abort()  # a bug of ours: the exception goes on to the log, the connection ends here
+        self.plane.record_flow(self._record(outcome, received), self.head.traceparent)
+        self.downstream.flow_ended(self._keep_alive and outcome != "aborted")
+
+    def _record(self, outcome: str, received: int) -> FlowRecord:
+        plane, route, lease, permit, workflow = self.plane, self.route, self.lease, self.permit, self.workflow
+        return FlowRecord(
+            time=plane.clock.now(),
+            agent=workflow.agent if workflow is not None else ",".join(sorted(self.downstream.caller.agents)),
+            uid=self.downstream.caller.uid,
+            workflow=workflow.id if workflow is not None else "",
+            tool=route.tool.name if route is not None else "",
+            method=self.method.decode("latin-1"),
+            path=route.path if route is not None else "",
+            status=self.status,
+            outcome=outcome,
+            detail=self.error.detail if self.error is not None else "",
+            bytes_in=received,
+            bytes_out=self.bytes_out,
+            duration_ms=(plane.clock.monotonic() - self.started) * 1000,
+            lease=lease.id if lease is not None else "",
+            lease_epoch=lease.epoch if lease is not None else 0,
+            policy_ids=permit.policy_ids if permit is not None else (),
+            trace_id=(workflow.trace_id or "") if workflow is not None else "",
+            mode=self.downstream.mode.value,
+            upstream=self.upstream_address,
+        )

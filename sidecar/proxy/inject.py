@@ -1,0 +1,82 @@
+"""Theirs off, ours on: the head that goes to the tool. Pure, and the only maker of `OutboundRequest`."""
+
+from dataclasses import dataclass
+
+from sidecar.model.tool import Route, Tool
+from sidecar.proxy.http1 import RequestHead
+
+_HOP_BY_HOP = (
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+    b"transfer-encoding", b"upgrade", b"http2-settings", b"expect", b"content-length", b"host",
+)  # fmt: skip
+_CREDENTIALS = (
+    b"authorization", b"x-api-key", b"api-key", b"cookie", b"dpop", b"x-vault-token", b"txn-token", b"workload-identity-token",
+    b"workload-proof-token", b"x-amz-security-token", b"x-amz-date", b"x-goog-iam-authorization-token", b"x-auth-token",
+    b"x-access-token", b"private-token", b"x-spanlock-workflow",
+)  # fmt: skip
+# What intermediaries tell each other: an agent has no say in it (L7), and baggage leaks to strangers.
+_FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"baggage", b"x-original-url", b"x-rewrite-url")
+_STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING)
+
+_kept: dict[bytes, bool] = {}
+"""Verdicts by name, bounded: names come from the agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutboundRequest:
+    """A head with our credential on it. Only this can be sent to a tool."""
+
+    head: bytes
+
+
+def _keeps(name: bytes) -> bool:
+    verdict = _kept.get(name)
+    if verdict is None:
+        # Some servers fold `_` into `-`: a variant of a stripped name is stripped as well (P8).
+        folded = name.replace(b"_", b"-").strip(b"-")
+        verdict = folded not in _STRIPPED and not folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
+        if len(_kept) < 4096:
+            _kept[name] = verdict
+    return verdict
+
+
+def _named_in_connection(head: RequestHead) -> frozenset[bytes]:
+    names: set[bytes] = set()
+    for name, value in head.headers:
+        if name == b"connection":
+            names.update(part.strip().lower() for part in value.split(b","))
+    return frozenset(names)
+
+
+def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundRequest:
+    """The request as the tool gets it. `credential` is the header's full value, checked when it was rendered.
+
+    Order matters: what `Connection` names is stripped before ours goes on, so it can never take ours off.
+    """
+    tool = route.tool
+    ours = tool.header.encode()
+    dropped = _named_in_connection(head)
+    parts = [
+        head.method,
+        b" ",
+        route.target,
+        b" HTTP/1.1\r\nhost: ",
+        tool.authority.header(tool.scheme).encode(),
+        b"\r\n",
+    ]
+    for name, value in head.headers:
+        if _keeps(name) and name != ours and name not in dropped and not _client_header(tool, name):
+            parts += (name, b": ", value, b"\r\n")
+    parts += (ours, b": ", credential, b"\r\n")
+    if head.framing.kind == "chunked":
+        parts.append(b"transfer-encoding: chunked\r\n")
+    elif head.framing.kind == "sized":
+        parts.append(b"content-length: %d\r\n" % head.framing.remaining)
+    elif head.method in (b"POST", b"PUT", b"PATCH"):
+        parts.append(b"content-length: 0\r\n")
+    parts.append(b"\r\n")
+    return OutboundRequest(b"".join(parts))
+
+
+def _client_header(tool: Tool, name: bytes) -> bool:
+    return bool(tool.client_headers) and name.decode("latin-1") in tool.client_headers

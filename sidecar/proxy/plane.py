@@ -1,0 +1,80 @@
+"""What every flow needs: its collaborators, as one frozen record. `Plane` is the only such record, and holds no state."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sidecar.audit.log import AuditLog
+from sidecar.clock import Clock
+from sidecar.credentials.broker import Broker
+from sidecar.errors import SpanlockError
+from sidecar.identity.callers import Callers
+from sidecar.model.audit import FlowRecord
+from sidecar.model.caller import Caller
+from sidecar.policy.decider import Decider
+from sidecar.proxy.ca import CertificateAuthority
+from sidecar.proxy.config import LimitsConfig
+from sidecar.proxy.pool import Pool
+from sidecar.tasks import Background
+from sidecar.telemetry.metrics import Metrics
+from sidecar.telemetry.tracing import Tracer
+from sidecar.tools.router import Router
+from sidecar.workflows.registry import Registry
+
+_SAMPLED = (b"1", b"3", b"5", b"7", b"9", b"b", b"d", b"f")
+
+FindCaller = Callable[[tuple[str, int], tuple[str, int]], Caller]
+"""From a connection's local and peer address. Raises `CallerError` (unknown_caller)."""
+
+
+@dataclass
+class Plane:
+    """The data plane's collaborators. A reload replaces `router` and `callers` here; flows in flight keep what they took."""
+
+    registry: Registry
+    router: Router
+    callers: Callers
+    decider: Decider
+    broker: Broker
+    pool: Pool
+    audit: AuditLog
+    metrics: Metrics
+    tracer: Tracer
+    clock: Clock
+    ca: CertificateAuthority
+    background: Background
+    limits: LimitsConfig
+    find_caller: FindCaller
+    draining: bool = False
+    denials: deque[tuple[float, str, str, str, str]] = field(default_factory=lambda: deque(maxlen=20))
+    """(wall seconds, agent, tool, reason, detail) of the last refusals, for `status`."""
+
+    def record_flow(self, record: FlowRecord, traceparent: bytes | None) -> None:
+        """The one record of a flow: audit, metrics, the last refusals, and a span when the parent is sampled."""
+        self.audit.flow(record)
+        self.flow_metric(record.tool)(record.outcome, record.duration_ms / 1000)
+        if record.outcome != "ok":
+            self.denials.append((record.time, record.agent, record.tool, record.outcome, record.detail))
+        if traceparent is not None and traceparent[-1:] in _SAMPLED:
+            self.tracer.flow(record, traceparent)
+
+    def record_refusal(self, caller: Caller, mode: str, status: int, error: SpanlockError) -> None:
+        """The record of a request that was refused before it became a flow."""
+        agents = ",".join(sorted(caller.agents))
+        self.record_flow(
+            FlowRecord(
+                time=self.clock.now(), agent=agents, uid=caller.uid, workflow="", tool="", method="", path="", status=status,
+                outcome=str(error.reason), detail=error.detail, bytes_in=0, bytes_out=0, duration_ms=0.0, lease="",
+                lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
+            ),
+            None,
+        )  # fmt: skip
+
+    def flow_metric(self, tool: str) -> Callable[[str, float], None]:
+        """Bound metric children of a tool; tools are configured, so the cache is bounded."""
+        recorder = self._recorders.get(tool)
+        if recorder is None:
+            recorder = self._recorders[tool] = self.metrics.flow_recorder(tool)
+        return recorder
+
+    _recorders: dict[str, Callable[[str, float], None]] = field(default_factory=dict)

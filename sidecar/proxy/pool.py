@@ -1,0 +1,143 @@
+"""Connections to tools: dialled, verified, kept for the workflow that paid for them.
+
+The key is workflow and tool, and an authority has one tool: no connection is shared across workflows (H12), and the
+handshake is finished and verified on a socket of ours before anything is written (L6, L6b). There is no switch to turn
+verification off.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Callable
+from typing import cast
+
+from sidecar.errors import Reason, SpanlockError, UpstreamError
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import Workflow
+from sidecar.proxy.egress import Resolve, addresses
+from sidecar.proxy.upstream import Upstream
+from sidecar.tasks import Background
+
+MAX_IDLE = 32
+"""Idle connections kept for one workflow and tool. Precedent: Go's per-host default is 2, nginx upstreams use 32."""
+
+Own = Callable[[], frozenset[int]]
+"""The ports that this sidecar listens on."""
+
+
+class Pool:
+    """Owns idle connections. `drop_workflow` when one closes, `aclose` at the end."""
+
+    def __init__(self, background: Background, resolve: Resolve, own_ports: Own) -> None:
+        self._background = background
+        self._resolve = resolve
+        self._own_ports = own_ports
+        self._idle: dict[str, dict[str, list[Upstream]]] = {}
+        self._trust: dict[str | None, ssl.SSLContext] = {}
+
+    def trust(self, ca_file: str | None) -> ssl.SSLContext:
+        """One client context per trust set: building one costs 31 ms. Raises `UpstreamError` for an unreadable `ca_file`."""
+        context = self._trust.get(ca_file)
+        if context is None:
+            context = ssl.create_default_context()
+            if ca_file is not None:
+                try:
+                    context.load_verify_locations(cafile=ca_file)
+                except (OSError, ssl.SSLError):
+                    raise UpstreamError(Reason.UPSTREAM_TLS, f"ca_file {ca_file} cannot be read as PEM") from None
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.set_alpn_protocols(["http/1.1"])
+            self._trust[ca_file] = context
+        return context
+
+    def take(self, workflow: Workflow, tool: Tool) -> Upstream | None:
+        """An idle verified connection, or None. Never waits."""
+        by_tool = self._idle.get(workflow.id)
+        if by_tool is None:
+            return None
+        idle = by_tool.get(tool.name)
+        while idle:
+            upstream = idle.pop()
+            if upstream.alive:
+                return upstream
+        return None
+
+    def give(self, upstream: Upstream, workflow: Workflow) -> None:
+        """Takes a connection back after its flow; closes it when it cannot or may not be used again."""
+        if not upstream.release():
+            return
+        if not workflow.is_open:
+            upstream.abort()
+            return
+        idle = self._idle.setdefault(workflow.id, {}).setdefault(upstream.tool, [])
+        if len(idle) >= MAX_IDLE:
+            upstream.abort()
+        else:
+            idle.append(upstream)
+
+    def drop_workflow(self, workflow: str, tool: str | None = None) -> None:
+        """Closes the idle connections of a workflow (to one tool)."""
+        by_tool = self._idle.get(workflow, {})
+        for name in [tool] if tool is not None else list(by_tool):
+            for upstream in by_tool.pop(name, ()):
+                upstream.abort()
+        if not by_tool:
+            self._idle.pop(workflow, None)
+
+    async def dial(self, workflow: Workflow, tool: Tool) -> Upstream:
+        """A new verified connection, in a task of its own (deadlines need one). Raises `UpstreamError`."""
+        return await self._background.spawn(self._dial(workflow.id, tool), f"dial {tool.name}")
+
+    async def _dial(self, workflow: str, tool: Tool) -> Upstream:
+        try:
+            async with asyncio.timeout(tool.timeouts.connect):
+                error: SpanlockError | None = None
+                for address in await addresses(tool, self._resolve):
+                    try:
+                        return await self._connect(workflow, tool, address)
+                    except UpstreamError as failure:
+                        error = failure
+                raise error or UpstreamError(Reason.DNS_FAILED, f"tool {tool.name} has no address")
+        except TimeoutError:
+            raise UpstreamError(
+                Reason.UPSTREAM_TIMEOUT, f"tool {tool.name} did not connect within {tool.timeouts.connect:g} s"
+            ) from None
+
+    async def _connect(self, workflow: str, tool: Tool, address: str) -> Upstream:
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(sock, (address, tool.authority.port))
+            self._refuse_self(sock, tool)
+            secure = tool.scheme == "https"
+            _, upstream = await loop.create_connection(
+                lambda: Upstream(workflow, tool.name, address),
+                sock=sock,
+                ssl=self.trust(tool.ca_file) if secure else None,
+                server_hostname=tool.authority.host if secure else None,
+            )
+            return cast(Upstream, upstream)
+        except ssl.SSLError as error:
+            sock.close()
+            why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else "handshake failed"
+            raise UpstreamError(Reason.UPSTREAM_TLS, f"TLS to tool {tool.name}: {why}") from None
+        except OSError:
+            sock.close()
+            raise UpstreamError(
+                Reason.UPSTREAM_UNREACHABLE, f"tool {tool.name} at {address} refused or dropped"
+            ) from None
+        except BaseException:
+            sock.close()
+            raise
+
+    def _refuse_self(self, sock: socket.socket, tool: Tool) -> None:
+        """Our own listeners, known by identity and not by number: both ends have one address and the port is ours (N8)."""
+        if sock.getsockname()[0] == sock.getpeername()[0] and tool.authority.port in self._own_ports():
+            raise UpstreamError(Reason.ADDRESS_REFUSED, f"tool {tool.name} leads back to this sidecar")
+
+    def aclose(self) -> None:
+        """Closes every idle connection."""
+        for workflow in list(self._idle):
+            self.drop_workflow(workflow)

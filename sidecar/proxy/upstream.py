@@ -1,0 +1,189 @@
+"""One connection to a tool, resolved, pinned and verified before the first byte is written. Carries one flow at a time."""
+
+import asyncio
+from typing import Protocol, cast
+
+from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
+from sidecar.proxy.framing import Framing
+from sidecar.proxy.http1 import MAX_HEAD, ResponseHead, parse_response
+from sidecar.proxy.inject import OutboundRequest
+
+
+class Carried(Protocol):
+    """What the connection needs of the flow that it carries."""
+
+    method: bytes
+
+    def wake(self) -> None:
+        """Something changed: the head is there, the body ended, or the connection failed."""
+        ...
+
+    def relay(self, payload: bytes) -> None:
+        """A piece of the response's body."""
+        ...
+
+    def upstream_writable(self, writable: bool) -> None:
+        """Whether the tool takes more of the request's body."""
+        ...
+
+
+class Upstream(asyncio.Protocol):
+    """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
+
+    def __init__(self, workflow: str, tool: str, address: str) -> None:
+        self.workflow = workflow
+        self.tool = tool
+        self.address = address
+        self.transport: asyncio.Transport | None = None
+        self.flow: Carried | None = None
+        self.reused = False
+        self._buffer = b""
+        self._framing: Framing | None = None
+        self.response: ResponseHead | None = None
+        self.complete = False
+        """The response's last byte has been relayed."""
+        self.answered = False
+        """Any byte of a response has come for this flow."""
+        self.error: SpanlockError | None = None
+        self.bytes_in = 0
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        flow = self.flow
+        if flow is None or self.complete:
+            # Bytes that answer no request: the stream is out of step and can carry nobody else (D5).
+            self.abort()
+            return
+        self.answered = True
+        try:
+            if self.response is None:
+                self._head(flow, self._buffer + data if self._buffer else data)
+            else:
+                self._body(flow, data)
+        except UpstreamError as error:
+            self._fail(error)
+        except CallerError:
+            self._fail(UpstreamError(Reason.UPSTREAM_MALFORMED, "the tool's answer has broken chunked framing"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        if self.flow is None or self.complete:
+            return
+        if (
+            self.response is not None
+            and self._framing is not None
+            and self._framing.kind == "until_close"
+            and exc is None
+        ):
+            self.complete = True
+            self.flow.wake()
+        else:
+            self._fail(UpstreamError(Reason.UPSTREAM_CLOSED, "the tool closed the connection in mid-answer"))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        if self.flow is not None:
+            self.flow.upstream_writable(False)
+
+    def resume_writing(self) -> None:
+        if self.flow is not None:
+            self.flow.upstream_writable(True)
+
+    # -- for the flow -------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    def send(self, request: OutboundRequest, flow: Carried) -> None:
+        """Writes the head. The caller has checked liveness in this same step of the loop."""
+        if self.transport is None:
+            raise UpstreamError(Reason.UPSTREAM_CLOSED, "the tool closed the connection")
+        self.flow = flow
+        self.response = self._framing = self.error = None
+        self.complete = self.answered = False
+        self.bytes_in = 0
+        self.transport.write(request.head)
+
+    def write(self, payload: bytes) -> None:
+        """A piece of the request's body, framed. Dropped when the connection is gone: the flow is told by `wake`."""
+        if self.transport is not None:
+            self.transport.write(payload)
+
+    def pause(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def release(self) -> bool:
+        """Ends this flow's use. True when the connection may carry another of the same workflow and tool."""
+        self.flow = None
+        reusable = self.alive and self.complete and self.response is not None and self.response.keep_alive
+        self.response = self._framing = None
+        self._buffer = b""
+        self.reused = True
+        if not reusable:
+            self.abort()
+        return reusable
+
+    def abort(self) -> None:
+        """Closes at once; what is still in the send buffer is thrown away."""
+        if self.transport is not None:
+            self.transport.abort()
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _head(self, flow: Carried, data: bytes) -> None:
+        while True:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                if len(data) > MAX_HEAD:
+                    raise UpstreamError(Reason.UPSTREAM_MALFORMED, "the head of the tool's answer is over 64 KiB")
+                self._buffer = data
+                return
+            head, data = parse_response(data[: end + 4], flow.method), data[end + 4 :]
+            if head.status == 101:
+                raise UpstreamError(Reason.UPSTREAM_MALFORMED, "the tool switched protocols unasked")
+            if head.status >= 200:
+                break
+        self._buffer = b""
+        self.response, self._framing = head, head.framing
+        if self._framing.done:
+            self._finish(flow, data)
+        else:
+            flow.wake()
+            if data and self.flow is flow:
+                self._body(flow, data)
+
+    def _body(self, flow: Carried, data: bytes) -> None:
+        framing = self._framing
+        if framing is None:
+            return
+        payload, rest = framing.feed(data)
+        if payload:
+            self.bytes_in += len(payload)
+            flow.relay(payload)
+        if framing.done:
+            self._finish(flow, rest)
+
+    def _finish(self, flow: Carried, rest: bytes) -> None:
+        if rest and self.response is not None:
+            self.response.keep_alive = False
+        self.complete = True
+        flow.wake()
+
+    def _fail(self, error: SpanlockError) -> None:
+        self.error = self.error or error
+        flow = self.flow
+        self.abort()
+        if flow is not None:
+            flow.wake()
