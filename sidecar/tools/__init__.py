@@ -1,0 +1,1 @@
+"""Which tool? `names` (one spelling for each destination), `config` (the `tools:` section), `router` (destination and path)."""

@@ -1,0 +1,88 @@
+"""One record a flow, a lease event, a workflow event. The hot path appends a tuple; encoding and writing come in batches."""
+
+from collections.abc import Callable
+
+from pydantic_core import to_json
+
+from sidecar.clock import Clock
+from sidecar.model.audit import FlowRecord, LeaseRecord, WorkflowRecord
+from sidecar.ports import AuditSink
+from sidecar.telemetry.logging import logger
+
+Record = FlowRecord | LeaseRecord | WorkflowRecord
+
+MAX_QUEUE = 65536
+"""Records; beyond it the newest are lost, counted and said."""
+_INTERVAL = 0.2
+_KINDS: dict[type[Record], bytes] = {FlowRecord: b"flow", LeaseRecord: b"lease", WorkflowRecord: b"workflow"}
+_KEYS = {kind: [b'"%b":' % name.encode() for name in kind._fields] for kind in _KINDS}
+
+
+def encode(record: Record) -> bytes:
+    """One line of JSON, `kind` first. Keys are known, so only the values are encoded."""
+    kind = type(record)
+    values = b",".join([key + to_json(value) for key, value in zip(_KEYS[kind], record, strict=True)])
+    return b'{"kind":"%b",%b}\n' % (_KINDS[kind], values)
+
+
+class AuditLog:
+    """Owns its sink. `run` writes every 0.2 s; `close` writes what is left."""
+
+    def __init__(self, sink: AuditSink, clock: Clock, on_lost: Callable[[int], None]) -> None:
+        self._sink = sink
+        self._clock = clock
+        self._on_lost = on_lost
+        self._queue: list[Record] = []
+        self._lost = 0
+        self._log = logger("audit")
+        self._broken = False
+
+    def flow(self, record: FlowRecord) -> None:
+        """Notes one call. Never waits, never raises."""
+        self._note(record)
+
+    def lease(self, record: LeaseRecord) -> None:
+        """Notes one event in a lease's life."""
+        self._note(record)
+
+    def workflow(self, record: WorkflowRecord) -> None:
+        """Notes a workflow's opening or end."""
+        self._note(record)
+
+    def _note(self, record: Record) -> None:
+        if len(self._queue) < MAX_QUEUE:
+            self._queue.append(record)
+        else:
+            self._lost += 1
+
+    async def run(self) -> None:
+        """For ever: writes batches."""
+        while True:
+            await self._clock.sleep(_INTERVAL)
+            self.flush()
+
+    @property
+    def healthy(self) -> bool:
+        """False while the sink refuses lines."""
+        return not self._broken
+
+    def flush(self) -> None:
+        """Writes what is noted. A sink that fails loses the batch: counted, and said once until it works again."""
+        queue, self._queue = self._queue, []
+        lost, self._lost = self._lost, 0
+        if queue:
+            try:
+                self._sink.write(b"".join(map(encode, queue)))
+                self._broken = False
+            except OSError as error:
+                lost += len(queue)
+                if not self._broken:
+                    self._log.error("audit_sink_failed", error=error.strerror, lost=lost)
+                self._broken = True
+        if lost:
+            self._on_lost(lost)
+
+    def close(self) -> None:
+        """Writes what is left and closes the sink."""
+        self.flush()
+        self._sink.close()

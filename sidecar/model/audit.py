@@ -1,0 +1,70 @@
+"""What the audit log holds: one record a flow, a lease event, a workflow event. No field can hold a `Secret`."""
+
+from typing import NamedTuple
+
+
+class FlowRecord(NamedTuple):
+    """One call, as the agent made it: never headers, never a query, never a body. A tuple, as it is made per request."""
+
+    time: float
+    """Wall seconds."""
+    agent: str
+    uid: int
+    workflow: str
+    tool: str
+    method: str
+    path: str
+    status: int
+    outcome: str
+    """"ok", or the stable reason."""
+    detail: str
+    bytes_in: int
+    """Of the response's body."""
+    bytes_out: int
+    """Of the same, as relayed to the agent."""
+    duration_ms: float
+    lease: str
+    lease_epoch: int
+    policy_ids: tuple[str, ...]
+    trace_id: str
+    mode: str
+    upstream: str
+    """The pinned IP address."""
+
+
+class LeaseRecord(NamedTuple):
+    """One event in a lease's life."""
+
+    time: float
+    event: str
+    """issued, issue_failed, renewed, renew_failed, dropped, revoked."""
+    lease: str
+    workflow: str
+    agent: str
+    tool: str
+    issuer: str
+    scopes: tuple[str, ...]
+    outcome: str
+    """At the end: what became of it at the issuer."""
+    residual_seconds: float
+    reason: str
+    policy_ids: tuple[str, ...]
+    seconds: float
+    """How long the step took."""
+
+
+class WorkflowRecord(NamedTuple):
+    """A workflow opened or ended."""
+
+    time: float
+    event: str
+    """opened, closing, closed."""
+    workflow: str
+    agent: str
+    name: str
+    reason: str
+    trace_id: str
+    flows: int
+    leases: int
+    dropped_ms: float
+    revoked_ms: float

@@ -1,0 +1,16 @@
+"""The `telemetry:` section."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TelemetryConfig(BaseModel):
+    """How the sidecar speaks about itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "json"
+    otlp_endpoint: str | None = Field(
+        default=None, description="Base URL of an OTLP/HTTP collector for the sidecar's spans."
+    )

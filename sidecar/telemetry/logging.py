@@ -1,0 +1,48 @@
+"""Structured logs on standard error, for everything that is not per flow. Field values that could be secrets are dropped."""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+_FORBIDDEN = ("token", "authorization", "handle", "secret", "password", "assertion", "cookie", "svid")
+
+
+def _redact(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The last filter: a field whose name speaks of a secret never gets out, whoever wrote the call."""
+    for key in event:
+        if key not in ("event", "level") and any(word in key.lower() for word in _FORBIDDEN):
+            event[key] = "****"
+    return event
+
+
+def configure(level: str, fmt: str) -> None:
+    """Sets logging up, once, at start. Tracebacks never show local variables."""
+    render: Any = structlog.processors.JSONRenderer()
+    traceback: Any = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
+    if fmt == "console":
+        render = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        traceback = structlog.processors.StackInfoRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            _redact,
+            traceback,
+            render,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def logger(name: str) -> Any:
+    """A logger that says which part speaks."""
+    return structlog.get_logger(part=name)
