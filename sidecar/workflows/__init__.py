@@ -1,0 +1,1 @@
+"""Within which workflow? `registry` (open, join, renew, close, expire), `traceparent`, `config`."""

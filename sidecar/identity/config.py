@@ -1,0 +1,52 @@
+"""The `spiffe:` and `agents:` sections."""
+
+import os
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from spiffe import SpiffeId
+from spiffe.spiffe_id.errors import SpiffeIdError
+
+from sidecar.model.caller import Agent
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+
+
+class SpiffeConfig(BaseModel):
+    """Where the SPIFFE Workload API is."""
+
+    model_config = _STRICT
+    socket: str = Field(
+        default_factory=lambda: os.environ.get("SPIFFE_ENDPOINT_SOCKET", "unix:///run/spire/sockets/agent.sock"),
+        description="unix:///absolute/path or tcp://IP:PORT. Default: SPIFFE_ENDPOINT_SOCKET, then SPIRE's usual place.",
+    )
+
+    @field_validator("socket")
+    @classmethod
+    def _socket(cls, value: str) -> str:
+        if not value.startswith(("unix:///", "tcp://")):
+            raise ValueError("write unix:///absolute/path/to/agent.sock")
+        return value
+
+
+class AgentConfig(BaseModel):
+    """One AI agent beside this sidecar."""
+
+    model_config = _STRICT
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Its socket is RUN_DIR/agents/<name>/agent.sock."
+    )
+    spiffe_id: str = Field(description="The identity that the sidecar holds for it.")
+    hint: str | None = Field(default=None, max_length=1024, description="Chooses among several SVIDs of that ID.")
+    uid: int | None = Field(default=None, ge=0, description="The uid its processes run as. Default: the sidecar's own.")
+
+    @field_validator("spiffe_id")
+    @classmethod
+    def _spiffe_id(cls, value: str) -> str:
+        try:
+            return str(SpiffeId(value))
+        except SpiffeIdError as error:
+            raise ValueError(f"not a SPIFFE ID: {error}") from None
+
+    def build(self) -> Agent:
+        """The noun; a missing uid is the sidecar's own (isolation: same-uid)."""
+        return Agent(self.name, self.spiffe_id, self.hint, os.getuid() if self.uid is None else self.uid)
