@@ -93,6 +93,10 @@ class IssuerError(SpanlockError):
     """The credential's issuer refused, failed, or answered nonsense."""
 
 
+class AnswerLost(IssuerError):
+    """The request may have reached the issuer and its answer was never seen: a credential may exist that nobody holds."""
+
+
 class UpstreamError(SpanlockError):
     """The tool could not be reached safely, or broke the protocol."""
 

@@ -4,7 +4,7 @@ import os
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from spiffe import SpiffeId
-from spiffe.spiffe_id.errors import SpiffeIdError
+from spiffe.errors import PySpiffeError
 
 from sidecar.model.caller import Agent
 
@@ -44,7 +44,7 @@ class AgentConfig(BaseModel):
     def _spiffe_id(cls, value: str) -> str:
         try:
             return str(SpiffeId(value))
-        except SpiffeIdError as error:
+        except PySpiffeError as error:
             raise ValueError(f"not a SPIFFE ID: {error}") from None
 
     def build(self) -> Agent:

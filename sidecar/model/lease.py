@@ -168,13 +168,11 @@ class LeaseEnd:
     tool: str
     at_issuer: IssuerOutcome
     residual_seconds: float
-    """At most this long the token may still be accepted at the tool; 0.0: dead there."""
+    """At most this long the token may still be accepted at the tool; 0.0: dead there; -1.0: no end (a static secret)."""
     token_check: TokenCheck
     uses: int = 0
-    dropped_ms: float = 0.0
-    """From the close to unusable here."""
     revoked_ms: float | None = None
-    """From the close to the issuer's answer; None when it did not revoke."""
+    """From the drop to the issuer's answer; None when it did not revoke."""
     detail: str = ""
 
 

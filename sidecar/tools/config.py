@@ -86,13 +86,15 @@ class ToolConfig(BaseModel):
     def build(self) -> Tool:
         """The compiled noun."""
         scheme, authority = _destination(self.url)
+        client = self.introspection
+        introspection = Introspection(client.client_id, client.secret_file) if client is not None else None
         return Tool(
             name=self.name, scheme=scheme, authority=authority, issuer=self.issuer, audience=self.audience,
             resource=self.resource, scopes=tuple(sorted(set(self.scopes))), address=self.address,
             allow_networks=self.allow_networks, allow_cleartext=self.allow_cleartext,
             allow_semicolons=self.allow_semicolons, methods=frozenset(m.upper() for m in self.methods),
             ca_file=self.ca_file, header=self.header.lower(), prefix=self.prefix, token_check=self.token_check,
-            introspection=self.introspection and Introspection(self.introspection.client_id, self.introspection.secret_file),
+            introspection=introspection,
             export=self.export, max_ttl=self.max_ttl, max_uses=self.max_uses,
             timeouts=Timeouts(self.timeouts.connect, self.timeouts.response, self.timeouts.idle),
             client_headers=tuple(h.lower() for h in self.strip_headers),

@@ -1,0 +1,1 @@
+"""What can only take access away: `otlp` (ended spans), `config`."""

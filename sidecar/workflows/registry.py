@@ -118,7 +118,7 @@ class Registry:
         entry = self._closed.get(workflow_id)
         return entry[0] if entry is not None else None
 
-    def list(self, agent: str | None = None) -> list[Workflow]:
+    def remembered(self, agent: str | None = None) -> list[Workflow]:
         """Open workflows, then remembered ones."""
         found = [*self._open.values(), *(workflow for workflow, _ in self._closed.values())]
         return [w for w in found if agent is None or w.agent == agent]

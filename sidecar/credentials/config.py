@@ -1,0 +1,81 @@
+"""The `issuers:` and `credentials:` sections."""
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_STRICT = ConfigDict(extra="forbid", frozen=True)
+_NAME = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def _check_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme == "https" and parts.hostname:
+        return value
+    if parts.scheme == "http" and parts.hostname in _LOOPBACK:
+        return value
+    raise ValueError("write an https:// URL; plain http is for loopback only")
+
+
+class TokenExchangeConfig(BaseModel):
+    """An authorization server that speaks RFC 8693, authenticated to by JWT-SVID."""
+
+    model_config = _STRICT
+    name: str = _NAME
+    kind: Literal["token_exchange"]
+    issuer: str = Field(description="Issuer identifier; its metadata (RFC 8414, then OIDC) gives the endpoints.")
+    token_endpoint: str | None = Field(default=None, description="Explicit endpoint: no discovery.")
+    revocation_endpoint: str | None = None
+    introspection_endpoint: str | None = None
+    assertion_type: Literal["jwt-spiffe", "jwt-bearer"] = "jwt-spiffe"
+    assertion_audience: str | None = Field(default=None, description="Audience of the JWT-SVID. Default: the issuer.")
+    client_id: str | None = Field(
+        default=None, description="Sent only when set; many servers find the client by the SVID."
+    )
+    subject: Literal["client_credentials", "svid", "host_token"] = Field(
+        default="client_credentials",
+        description="What is exchanged: a token of our own got first (two steps), the SVID, or the token given to Open.",
+    )
+    ca_file: str | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
+    timeout: float = Field(default=10.0, gt=0, le=60, description="Seconds for one request, answer included.")
+
+    @field_validator("issuer", "token_endpoint", "revocation_endpoint", "introspection_endpoint")
+    @classmethod
+    def _urls(cls, value: str | None) -> str | None:
+        return None if value is None else _check_url(value)
+
+
+class StaticConfig(BaseModel):
+    """A legacy shared secret: injected and dropped, but nobody can revoke it (`local_only`)."""
+
+    model_config = _STRICT
+    name: str = _NAME
+    kind: Literal["static"]
+    secret_file: str | None = None
+    secret_env: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "StaticConfig":
+        if (self.secret_file is None) == (self.secret_env is None):
+            raise ValueError("set exactly one of secret_file and secret_env")
+        return self
+
+
+IssuerConfig = Annotated[TokenExchangeConfig | StaticConfig, Field(discriminator="kind")]
+
+
+class CredentialsConfig(BaseModel):
+    """Lives and limits of leases. Seconds."""
+
+    model_config = _STRICT
+    max_leases: int = Field(default=50_000, ge=1)
+    exchange_deadline: float = Field(default=15.0, gt=0, description="For one exchange with all its steps and retries.")
+    revoke_deadline: float = Field(
+        default=5.0, gt=0, description="A close waits this long for issuers; then it reports."
+    )
+    revoke_parallel: int = Field(default=16, ge=1, le=256, description="Revocations under way at once.")
+    supersede_grace: float = Field(
+        default=5.0, ge=0, description="A renewed lease's old token lives on this long for calls already sent."
+    )

@@ -1,0 +1,99 @@
+"""One way to an issuer: bounded, no redirects, no environment proxies, verified TLS, JSON objects only."""
+
+import json
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+
+from sidecar.errors import AnswerLost, IssuerError, Reason
+
+MAX_ANSWER = 64 * 1024
+"""Bytes. A token answer is 2–4 KiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. `json` is None when the body is not a JSON object."""
+
+    status: int
+    json: dict[str, Any] | None
+
+
+class IssuerHttp:
+    """A session to one issuer. Made without I/O; the first call opens it, `aclose` ends it."""
+
+    def __init__(self, name: str, ca_file: str | None, timeout: float) -> None:
+        self._name = name
+        self._ca_file = ca_file
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            context = ssl.create_default_context()
+            if self._ca_file is not None:
+                try:
+                    context.load_verify_locations(cafile=self._ca_file)
+                except (OSError, ssl.SSLError):
+                    raise self._unavailable("ca_file cannot be read as PEM") from None
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=context, limit=64),
+                timeout=self._timeout,
+                trust_env=False,
+                auto_decompress=False,
+                cookie_jar=aiohttp.DummyCookieJar(),
+            )
+        return self._session
+
+    def _unavailable(self, what: str) -> IssuerError:
+        return IssuerError(Reason.ISSUER_UNAVAILABLE, f"issuer {self._name}: {what}")
+
+    def _lost(self, what: str) -> AnswerLost:
+        return AnswerLost(Reason.ISSUER_UNAVAILABLE, f"issuer {self._name}: {what}")
+
+    async def get(self, url: str) -> Answer:
+        """Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
+        return await self._request("GET", url, None, None)
+
+    async def post(self, url: str, form: dict[str, str], auth: aiohttp.BasicAuth | None = None) -> Answer:
+        """Posts a form. Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
+        return await self._request("POST", url, form, auth)
+
+    async def _request(
+        self, method: str, url: str, form: dict[str, str] | None, auth: aiohttp.BasicAuth | None
+    ) -> Answer:
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
+        try:
+            async with self._open().request(
+                method, url, data=form, headers=headers, auth=auth, allow_redirects=False
+            ) as response:
+                body = await response.content.read(MAX_ANSWER + 1)
+                while body and len(body) <= MAX_ANSWER and (more := await response.content.read(MAX_ANSWER)):
+                    body += more
+                status = response.status
+        except aiohttp.ClientConnectorError:
+            raise self._unavailable("cannot be reached") from None
+        except TimeoutError:
+            raise self._lost("no complete answer in time") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise self._lost(f"the connection broke ({type(error).__name__})") from None
+        if len(body) > MAX_ANSWER:
+            raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self._name}: the answer is over 64 KiB")
+        if 300 <= status < 400:
+            raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self._name}: redirects are never followed")
+        return Answer(status, _object(body))
+
+    async def aclose(self) -> None:
+        """Ends the session."""
+        if self._session is not None:
+            await self._session.close()
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

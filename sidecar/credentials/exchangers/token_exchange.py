@@ -1,0 +1,247 @@
+"""RFC 8693 token exchange, authenticated by JWT-SVID (RFC 7523, draft-ietf-oauth-spiffe-client-auth), with revocation by
+RFC 7009 and look-up by RFC 7662.
+
+Servers that take only access tokens as subject (Keycloak) need two steps: client_credentials for one tool's scopes, then
+the exchange. Both tokens are leased and revoked, since revoking the first does not reach the second.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from sidecar.clock import Clock
+from sidecar.credentials.config import TokenExchangeConfig
+from sidecar.credentials.exchangers.http import Answer, IssuerHttp
+from sidecar.errors import IssuerError, Reason
+from sidecar.model.lease import Credential, IssuerOutcome, RevocationRecord
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import Workflow
+from sidecar.ports import SvidSource
+from sidecar.secret import Secret
+
+_EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+_ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a type, not a token
+_JWT = "urn:ietf:params:oauth:token-type:jwt"
+_ASSERTION = "urn:ietf:params:oauth:client-assertion-type:"
+
+DEFAULT_LIFE = 60.0
+"""Seconds, when the answer has no expires_in (RFC 6749 only recommends it): short, so that a guess cannot do harm."""
+LONGEST_LIFE = 400 * 86400.0
+"""Seconds. An answer that promises more is nonsense; what is used at most is the tool's `max_ttl` in any case."""
+
+
+class TokenExchanger:
+    """`ports.Exchanger` for one authorization server. `aclose` ends its session."""
+
+    def __init__(self, config: TokenExchangeConfig, svids: SvidSource, clock: Clock) -> None:
+        self.issuer = config.name
+        self._config = config
+        self._svids = svids
+        self._clock = clock
+        self._http = IssuerHttp(config.name, config.ca_file, config.timeout)
+        self._endpoints: dict[str, str] | None = None
+
+    # -- exchange -----------------------------------------------------------------------------------------------
+
+    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
+        """One credential for one tool. A first token whose exchange then fails is revoked before the error goes on."""
+        if self._config.subject == "client_credentials":
+            first = await self._token(
+                workflow.agent, {"grant_type": "client_credentials", **_scope(scopes)}, tool, False
+            )
+            try:
+                second = await self._exchange_step(workflow, tool, scopes, first.value, _ACCESS_TOKEN)
+            except BaseException:
+                await self._take_back(first)
+                raise
+            records = (*second.records, *(_intermediate(record) for record in first.records))
+            return Credential(second.value, second.issued_at, second.expires_at, records, second.scopes)
+        if self._config.subject == "svid":
+            svid = await self._svids.jwt_svid(workflow.agent, self._audience)
+            return await self._exchange_step(workflow, tool, scopes, svid, _JWT)
+        if workflow.subject_token is None:
+            raise IssuerError(
+                Reason.ISSUER_REFUSED,
+                f"issuer {self.issuer} exchanges the host application's token; give subject_token to Open",
+            )
+        return await self._exchange_step(workflow, tool, scopes, workflow.subject_token, _ACCESS_TOKEN)
+
+    async def _exchange_step(
+        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], subject: Secret, subject_type: str
+    ) -> Credential:
+        form = {
+            "grant_type": _EXCHANGE,
+            "subject_token": subject.reveal(),
+            "subject_token_type": subject_type,
+            "requested_token_type": _ACCESS_TOKEN,
+            **_scope(scopes),
+        }
+        if tool.audience is not None:
+            form["audience"] = tool.audience
+        if tool.resource is not None:
+            form["resource"] = tool.resource
+        return await self._token(workflow.agent, form, tool, True)
+
+    async def _token(self, agent: str, form: dict[str, str], tool: Tool, exchanged: bool) -> Credential:
+        endpoint = await self._endpoint("token_endpoint")
+        if endpoint is None:
+            raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: its metadata has no token_endpoint")
+        answer = await self._http.post(endpoint, form | await self._client(agent))
+        _raise_for(self.issuer, answer)
+        body = _checked(self.issuer, answer.json, exchanged)
+        now = self._clock.now()
+        expires_at = now + _life(self.issuer, body.get("expires_in"))
+        value = Secret(body["access_token"])
+        record = RevocationRecord(self.issuer, tool.name, value, expires_at, agent)
+        granted = tuple(sorted(str(body["scope"]).split())) if isinstance(body.get("scope"), str) else ()
+        return Credential(value, now, expires_at, (record,), granted)
+
+    async def _take_back(self, credential: Credential) -> None:
+        for record in credential.records:
+            try:
+                await self.revoke(record)
+            except IssuerError:
+                return  # its life is short, and the error that brought us here goes on
+
+    # -- look up and revoke -------------------------------------------------------------------------------------
+
+    async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:
+        """RFC 7662 with the tool's own client, or ours. None when the server has no such endpoint."""
+        endpoint = await self._endpoint("introspection_endpoint")
+        if endpoint is None:
+            return None
+        form = {"token": record.token.reveal(), "token_type_hint": "access_token"}
+        auth = None
+        if tool.introspection is not None:
+            auth = aiohttp.BasicAuth(tool.introspection.client_id, _client_secret(tool.introspection.secret_file))
+        else:
+            form |= await self._client(record.agent)
+        answer = await self._http.post(endpoint, form, auth)
+        _raise_for(self.issuer, answer)
+        active = (answer.json or {}).get("active")
+        if not isinstance(active, bool):
+            raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: introspection without `active`")
+        return active
+
+    async def revoke(self, record: RevocationRecord) -> IssuerOutcome:
+        """RFC 7009, once. LOCAL_ONLY when the server has no revocation endpoint."""
+        endpoint = await self._endpoint("revocation_endpoint")
+        if endpoint is None:
+            return IssuerOutcome.LOCAL_ONLY
+        form = {"token": record.token.reveal(), "token_type_hint": "access_token"}
+        answer = await self._http.post(endpoint, form | await self._client(record.agent))
+        _raise_for(self.issuer, answer)
+        return IssuerOutcome.ACKNOWLEDGED
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _audience(self) -> str:
+        return self._config.assertion_audience or self._config.issuer
+
+    async def _client(self, agent: str) -> dict[str, str]:
+        svid = await self._svids.jwt_svid(agent, self._audience)
+        form = {"client_assertion_type": _ASSERTION + self._config.assertion_type, "client_assertion": svid.reveal()}
+        if self._config.client_id is not None:
+            form["client_id"] = self._config.client_id
+        return form
+
+    async def _endpoint(self, name: str) -> str | None:
+        """Explicit configuration, else the server's metadata: read once it answers, then kept."""
+        explicit = getattr(self._config, name)
+        if explicit is not None:
+            return str(explicit)
+        if self._config.token_endpoint is not None:
+            return None
+        if self._endpoints is None:
+            self._endpoints = await self._discover()
+        return self._endpoints.get(name)
+
+    async def _discover(self) -> dict[str, str]:
+        """RFC 8414 (the well-known part goes between host and path), then OpenID Connect; `issuer` must be ours exactly."""
+        issuer = self._config.issuer.rstrip("/")
+        scheme, _, rest = issuer.partition("://")
+        host, slash, path = rest.partition("/")
+        candidates = (
+            f"{scheme}://{host}/.well-known/oauth-authorization-server{slash}{path}",
+            f"{issuer}/.well-known/openid-configuration",
+        )
+        for url in candidates:
+            answer = await self._http.get(url)
+            if answer.status == 200 and answer.json is not None:
+                if answer.json.get("issuer") != self._config.issuer:
+                    raise IssuerError(
+                        Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: its metadata names another issuer"
+                    )
+                return {k: v for k, v in answer.json.items() if k.endswith("_endpoint") and isinstance(v, str)}
+        raise IssuerError(
+            Reason.ISSUER_UNAVAILABLE, f"issuer {self.issuer}: no metadata; set token_endpoint explicitly"
+        )
+
+    async def aclose(self) -> None:
+        """Ends the session."""
+        await self._http.aclose()
+
+
+def _scope(scopes: tuple[str, ...]) -> dict[str, str]:
+    """An empty scope parameter is an error at some servers: it is left out."""
+    return {"scope": " ".join(scopes)} if scopes else {}
+
+
+def _intermediate(record: RevocationRecord) -> RevocationRecord:
+    return RevocationRecord(record.issuer, record.tool, record.token, record.expires_at, record.agent, primary=False)
+
+
+def _client_secret(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeError):
+        raise IssuerError(
+            Reason.SECRET_UNAVAILABLE, f"the introspection client's secret_file {path} cannot be read"
+        ) from None
+
+
+def _raise_for(issuer: str, answer: Answer) -> None:
+    """The server's own words stay out of the detail, but for the registered error code."""
+    if answer.status == 200:
+        return
+    if answer.status >= 500 or answer.status == 429:
+        raise IssuerError(Reason.ISSUER_UNAVAILABLE, f"issuer {issuer} answered {answer.status}")
+    code = (answer.json or {}).get("error")
+    known = code if code in _ERRORS else "no registered error code"
+    raise IssuerError(Reason.ISSUER_REFUSED, f"issuer {issuer} answered {answer.status}: {known}")
+
+
+_ERRORS = frozenset(
+    ("invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type", "invalid_scope",
+     "invalid_target", "access_denied", "unsupported_token_type", "invalid_token")
+)  # fmt: skip
+
+
+def _checked(issuer: str, body: dict[str, Any] | None, exchanged: bool) -> dict[str, Any]:
+    """What RFC 6749 section 5.1 and RFC 8693 section 2.2.1 require, or `IssuerError` (issuer_malformed)."""
+
+    def malformed(what: str) -> IssuerError:
+        return IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: {what}")
+
+    if body is None:
+        raise malformed("the token answer is not a JSON object")
+    if not isinstance(body.get("access_token"), str) or not body["access_token"]:
+        raise malformed("the token answer has no access_token")
+    if str(body.get("token_type", "")).lower() != "bearer":
+        raise malformed("the token_type is not Bearer")
+    if exchanged and body.get("issued_token_type") != _ACCESS_TOKEN:
+        raise malformed("the issued_token_type is not an access token")
+    return body
+
+
+def _life(issuer: str, expires_in: Any) -> float:
+    """Seconds. Some servers write the number as a string."""
+    if expires_in is None:
+        return DEFAULT_LIFE
+    if isinstance(expires_in, str) and expires_in.isdecimal() and len(expires_in) < 16:
+        expires_in = int(expires_in)
+    if isinstance(expires_in, bool) or not isinstance(expires_in, int | float) or not 0 < expires_in <= LONGEST_LIFE:
+        raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: expires_in is not a plausible number")
+    return float(expires_in)

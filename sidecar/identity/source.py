@@ -1,0 +1,252 @@
+"""The SVIDs of the declared agents, always current: one X.509 stream for all, JWT-SVIDs cached for each issuer.
+
+Life with a SPIRE agent: its socket may not be there yet, it says `no identity issued` until an entry reaches it, it
+restarts, ends streams cleanly, rotates, and loses entries. While it is merely down, what is held stays good until its own
+expiry. When it says that an identity is gone, it is gone at once. Each stream message is the whole truth (redaction).
+"""
+
+import asyncio
+import json
+import random
+from base64 import urlsafe_b64decode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sidecar.backoff import delays
+from sidecar.clock import Clock
+from sidecar.errors import IdentityError, Reason
+from sidecar.identity.workload_api import HeldSvid, WorkloadApi
+from sidecar.model.caller import Agent
+from sidecar.secret import Secret
+from sidecar.tasks import Background
+from sidecar.telemetry.logging import logger
+
+_FIRST, _CAP = 1.0, 30.0
+"""Back-off in seconds. Precedent: go-spiffe's workload API client."""
+_SKEW = 5.0
+"""Seconds before `exp` at which a JWT-SVID counts as expired: it must still be good when it arrives."""
+_REFRESH_EVERY = 1.0
+
+
+@dataclass(slots=True)
+class _Cached:
+    token: Secret
+    expires_at: float
+    """Wall seconds."""
+    refresh_at: float
+    """Monotonic seconds: half its life."""
+
+
+class WorkloadSvids:
+    """`ports.SvidSource` over the Workload API. `run` supervises the stream; `aclose` ends the channel."""
+
+    def __init__(
+        self,
+        api: WorkloadApi,
+        agents: Sequence[Agent],
+        clock: Clock,
+        rng: random.Random,
+        needed: Callable[[str], bool],
+        background: Background,
+    ) -> None:
+        self._api = api
+        self._agents = {agent.name: agent for agent in agents}
+        self._clock = clock
+        self._rng = rng
+        self._needed = needed
+        self._background = background
+        self._held: dict[str, HeldSvid] = {}
+        self._cache: dict[tuple[str, str], _Cached] = {}
+        self._fetching: dict[tuple[str, str], asyncio.Task[Secret]] = {}
+        self._error = "not connected yet"
+        self._since = clock.now()
+        self._next_try: float | None = None
+        self._connected = False
+        self._changed = asyncio.Event()
+        self._log = logger("identity")
+
+    # -- ports.SvidSource ---------------------------------------------------------------------------------------
+
+    def require_identity(self, agent: str) -> None:
+        """Raises `IdentityError` unless `agent` has an unexpired identity now."""
+        held = self._held.get(agent)
+        if held is None:
+            reason = Reason.NO_IDENTITY if self._connected else Reason.SPIRE_UNAVAILABLE
+            raise IdentityError(
+                reason, f"no SVID is held for agent {agent}: {self._error or 'SPIRE issues none for it'}"
+            )
+        if held.expires_at <= self._clock.now():
+            raise IdentityError(Reason.SVID_EXPIRED, f"the SVID of agent {agent} has expired")
+
+    async def jwt_svid(self, agent: str, audience: str) -> Secret:
+        """A JWT-SVID of `agent` for `audience`: cached to half its life, then until its expiry if SPIRE is down."""
+        self.require_identity(agent)
+        key = (agent, audience)
+        cached = self._cache.get(key)
+        if cached is not None and self._usable(cached) and self._clock.monotonic() < cached.refresh_at:
+            return cached.token
+        try:
+            return await asyncio.shield(self._fetch(key))
+        except IdentityError as error:
+            if cached is not None and self._usable(cached) and error.reason is Reason.SPIRE_UNAVAILABLE:
+                return cached.token
+            raise
+
+    # -- for status and readiness -------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Every declared agent has an unexpired identity."""
+        return not any(self.problem(name) for name in self._agents)
+
+    def problem(self, agent: str) -> str:
+        """Why `agent` has no usable identity; empty when it has one."""
+        try:
+            self.require_identity(agent)
+        except IdentityError as error:
+            return error.detail
+        return ""
+
+    def expiry(self, agent: str) -> float | None:
+        """Wall seconds at which the held X509-SVID ends; None without one."""
+        held = self._held.get(agent)
+        return held.expires_at if held is not None else None
+
+    def health(self) -> list[dict[str, object]]:
+        """One row for the SPIRE agent."""
+        effect = "" if self._connected else "held SVIDs serve until they expire; then calls fail with svid_expired"
+        return [
+            {
+                "name": "spire_agent",
+                "ok": self._connected,
+                "since": self._since,
+                "last_error": self._error,
+                "next_try": self._next_try,
+                "effect": effect,
+            }
+        ]
+
+    async def wait_ready(self, seconds: float) -> bool:
+        """Waits until `ready`, at most `seconds`; False when it is not."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.ready:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def replace_agents(self, agents: Sequence[Agent]) -> None:
+        """A reload changed the declared agents; the stream is asked again."""
+        self._agents = {agent.name: agent for agent in agents}
+        self._held = {name: held for name, held in self._held.items() if name in self._agents}
+
+    # -- the stream ---------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """For ever: keeps the stream up and JWT-SVIDs fresh that live leases need."""
+        self._background.spawn(self._keep_fresh(), "jwt-svid refresh")
+        waits = delays(_FIRST, _CAP, self._rng)
+        while True:
+            try:
+                async for svids in self._api.x509_svids():
+                    self._take(svids)
+                    waits = delays(_FIRST, _CAP, self._rng)
+                self._down("the stream ended", now_again=True)
+            except IdentityError as error:
+                self._down(error.detail)
+                if error.reason is Reason.NO_IDENTITY:
+                    # SPIRE itself says so: what was held is withdrawn at once.
+                    self._connected = True
+                    self._withdraw()
+            await self._api.reopen()
+            wait = next(waits)
+            self._next_try = self._clock.now() + wait
+            await self._clock.sleep(wait)
+
+    def _take(self, svids: list[HeldSvid]) -> None:
+        """The full state: what is not in it is gone."""
+        if not self._connected or self._error:
+            self._log.info("spire_agent_up", svids=len(svids))
+            self._since = self._clock.now()
+        self._connected, self._error, self._next_try = True, "", None
+        held: dict[str, HeldSvid] = {}
+        for name, agent in self._agents.items():
+            fitting = [s for s in svids if s.spiffe_id == agent.spiffe_id and agent.hint in (None, s.hint)]
+            if fitting:
+                held[name] = fitting[0]
+        for name in self._held.keys() - held.keys():
+            self._log.warning("identity_gone", agent=name)
+        for key in [key for key in self._cache if key[0] not in held]:
+            del self._cache[key]
+        self._held = held
+        self._changed.set()
+
+    def _down(self, error: str, now_again: bool = False) -> None:
+        if self._connected and not now_again:
+            self._log.warning("spire_agent_down", error=error)
+        if self._connected:
+            self._since = self._clock.now()
+        self._connected, self._error = False, error
+        self._changed.set()
+
+    def _withdraw(self) -> None:
+        self._held.clear()
+        self._cache.clear()
+
+    # -- JWT-SVIDs ----------------------------------------------------------------------------------------------
+
+    def _usable(self, cached: _Cached) -> bool:
+        return cached.expires_at - _SKEW > self._clock.now()
+
+    def _fetch(self, key: tuple[str, str]) -> asyncio.Task[Secret]:
+        """One fetch at a time for each (agent, audience); whoever asks waits for the same one."""
+        task = self._fetching.get(key)
+        if task is None:
+            task = self._fetching[key] = self._background.spawn(self._fetch_once(key), f"jwt-svid {key[0]}")
+            task.add_done_callback(lambda _: self._fetching.pop(key, None))
+        return task
+
+    async def _fetch_once(self, key: tuple[str, str]) -> Secret:
+        agent, audience = key
+        token = await self._api.jwt_svid(self._agents[agent].spiffe_id, audience)
+        expires_at = _expiry(token, self._agents[agent].spiffe_id, audience)
+        life = expires_at - self._clock.now()
+        if life <= _SKEW:
+            raise IdentityError(Reason.SVID_EXPIRED, "SPIRE handed out a JWT-SVID that has expired; check the clocks")
+        self._cache[key] = _Cached(token, expires_at, self._clock.monotonic() + life / 2)
+        return token
+
+    async def _keep_fresh(self) -> None:
+        """One JWT-SVID stays valid per issuer while leases live, so that revocation outlives an outage of SPIRE."""
+        while True:
+            await self._clock.sleep(_REFRESH_EVERY)
+            now = self._clock.monotonic()
+            for key, cached in list(self._cache.items()):
+                if not self._usable(cached):
+                    self._cache.pop(key, None)
+                elif now >= cached.refresh_at and self._needed(key[0]) and self._connected:
+                    cached.refresh_at = now + 5.0  # not again at once when SPIRE hands out the same one
+                    self._fetch(key)
+
+    async def aclose(self) -> None:
+        """Ends the channel and forgets everything."""
+        self._withdraw()
+        await self._api.aclose()
+
+
+def _expiry(token: Secret, spiffe_id: str, audience: str) -> float:
+    """`exp` of a JWT-SVID that SPIRE handed us for ourselves: subject and audience must be what was asked for.
+
+    The signature is for the issuer to verify; the socket is the authentication here. Raises `IdentityError`.
+    """
+    try:
+        payload = token.reveal().split(".")[1]
+        claims = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        audiences = claims["aud"] if isinstance(claims["aud"], list) else [claims["aud"]]
+        if claims["sub"] != spiffe_id or audiences != [audience]:
+            raise ValueError
+        return float(claims["exp"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        raise IdentityError(Reason.NO_IDENTITY, "SPIRE's JWT-SVID is not for this agent and audience") from None
