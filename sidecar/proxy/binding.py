@@ -8,6 +8,7 @@ import binascii
 
 from sidecar.errors import CallerError, Reason
 from sidecar.model.caller import Caller
+from sidecar.model.lease import Lease
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 from sidecar.proxy.http1 import RequestHead
@@ -32,15 +33,17 @@ def handle_of(raw: bytes | None) -> str | None:
     return decoded.partition(b":")[2].decode("latin-1")
 
 
-def join(plane: Plane, caller: Caller, head: RequestHead, tunnel_handle: str | None, tool: Tool) -> Workflow:
-    """The open workflow of this call. Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
+def join(
+    plane: Plane, caller: Caller, head: RequestHead, tunnel_handle: str | None, tool: Tool
+) -> tuple[Workflow, Lease | None]:
+    """The open workflow of this call, and the lease that a CredentialHandle stands for. Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
     handle = handle_of(head.handle) or tunnel_handle
     authorization = head.authorization
     if authorization is None or authorization[: len(_CREDENTIAL_HANDLE)].lower() != _CREDENTIAL_HANDLE:
-        return plane.registry.join(caller, handle, head.traceparent)
+        return plane.registry.join(caller, handle, head.traceparent), None
     value = authorization[7:].strip().decode("latin-1")
-    workflow_id, _ = plane.broker.resolve_handle(value, caller.agents, tool.name)
+    lease = plane.broker.resolve_handle(value, caller.agents, tool.name)
     named = plane.registry.join(caller, handle, head.traceparent) if handle or caller.workflow else None
-    if named is not None and named.id != workflow_id:
+    if named is not None and named.id != lease.key.workflow:
         raise CallerError(Reason.HANDLE_INVALID, "the credential handle belongs to another workflow")
-    return named or plane.registry.get(workflow_id)
+    return named or plane.registry.get(lease.key.workflow), lease

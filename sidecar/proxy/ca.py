@@ -9,7 +9,7 @@ import os
 import ssl
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from ipaddress import ip_address, ip_network
 
 from cryptography import x509
@@ -99,7 +99,7 @@ class CertificateAuthority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        context.sni_callback = _compare_sni(host)
+        context.sni_callback = _compare_sni(host)  # type: ignore[assignment] # typeshed leaves out the missing name
         self._load(context, certificate)
         return context
 
@@ -116,8 +116,8 @@ class CertificateAuthority:
             os.close(descriptor)
 
 
-def _compare_sni(host: str) -> "ssl._SrvnmeCbType":
-    def compare(_: ssl.SSLObject | ssl.SSLSocket, name: str | None, __: ssl.SSLContext) -> int | None:
+def _compare_sni(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
+    def compare(_: ssl.SSLObject, name: str | None, __: ssl.SSLContext) -> int | None:
         if name is None or name.lower().rstrip(".") != host:
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         return None

@@ -88,26 +88,18 @@ class Driven:
                 else:
                     yield yielded
             except BaseException as error:  # noqa: BLE001 - whatever it is belongs to the coroutine
-                step = self._throw(coroutine, error)
+                step = self._step(coroutine, error)
             else:
-                step = self._send(coroutine)
+                step = self._step(coroutine, None)
             if step is None:
                 return
             yielded = step
 
-    def _send(self, coroutine: Coroutine[Any, None, None]) -> Any:
+    def _step(self, coroutine: Coroutine[Any, None, None], error: BaseException | None) -> Any:
+        """One step: resumes, or raises `error` inside. What was yielded, or None at the end."""
         self._running = True
         try:
-            return coroutine.send(None)
-        except StopIteration:
-            return None
-        finally:
-            self._running = False
-
-    def _throw(self, coroutine: Coroutine[Any, None, None], error: BaseException) -> Any:
-        self._running = True
-        try:
-            return coroutine.throw(error)
+            return coroutine.send(None) if error is None else coroutine.throw(error)
         except StopIteration:
             return None
         finally:

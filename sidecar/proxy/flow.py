@@ -8,7 +8,7 @@ the last liveness check (`broker.use`) and the write.
 import asyncio
 from typing import Protocol
 
-from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
+from sidecar.errors import CallerError, Denied, Reason, SpanlockError, UpstreamError
 from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Caller
 from sidecar.model.lease import Lease
@@ -89,9 +89,7 @@ class Flow(Driven):
             self.permit = permit = self._permitted(workflow, route)  # may it
             for first in (True, False):
                 upstream = await self._connection(workflow, tool, fresh=not first)  # resolve, pin, dial, verify
-                lease = self.plane.broker.active(workflow, tool, permit)  # with which credential
-                self.lease = lease = lease or await self.plane.broker.lease(workflow, tool, permit)
-                self._check()
+                lease = await self._lease(workflow, tool, permit)  # with which credential
                 self._send(upstream, route, lease, workflow)  # the last liveness check and the write
                 try:
                     head = await self._response_head(upstream)
@@ -125,7 +123,7 @@ class Flow(Driven):
         """The workflow that this call belongs to; from here on a close cuts the flow."""
         if self.plane.draining:
             raise CallerError(Reason.DRAINING, "the sidecar is shutting down")
-        workflow = binding.join(self.plane, self.downstream.caller, self.head, self.downstream.handle, tool)
+        workflow, self.lease = binding.join(self.plane, self.downstream.caller, self.head, self.downstream.handle, tool)
         self.workflow = workflow
         self.plane.registry.enter(workflow, self)
         return workflow
@@ -144,6 +142,19 @@ class Flow(Driven):
         self.upstream_address = self.upstream.address
         self._check()
         return self.upstream
+
+    async def _lease(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease:
+        """The lease of the handle that the call carried, the active one, or a new one."""
+        broker, named = self.plane.broker, self.lease
+        if named is not None:
+            if not set(named.key.scopes) <= set(permit.scopes):
+                raise Denied(
+                    Reason.POLICY_DENIED, "policy narrows this call's scopes below those of the credential handle"
+                )
+            return named
+        self.lease = broker.active(workflow, tool, permit) or await broker.lease(workflow, tool, permit)
+        self._check()
+        return self.lease
 
     def _send(self, upstream: Upstream, route: Route, lease: Lease, workflow: Workflow) -> None:
         """Synchronous from the liveness check to the write; then the body, as far as it has come."""

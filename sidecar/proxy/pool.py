@@ -9,7 +9,6 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from typing import cast
 
 from sidecar.errors import Reason, SpanlockError, UpstreamError
 from sidecar.model.tool import Tool
@@ -118,7 +117,7 @@ class Pool:
                 ssl=self.trust(tool.ca_file) if secure else None,
                 server_hostname=tool.authority.host if secure else None,
             )
-            return cast(Upstream, upstream)
+            return upstream
         except ssl.SSLError as error:
             sock.close()
             why = error.verify_message if isinstance(error, ssl.SSLCertVerificationError) else "handshake failed"

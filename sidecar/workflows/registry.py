@@ -9,7 +9,8 @@ import asyncio
 import heapq
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from sidecar.clock import Clock
 from sidecar.errors import CallerError, Reason
@@ -56,6 +57,8 @@ class Registry:
         self._by_agent: dict[str, dict[str, Workflow]] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._closing: dict[str, asyncio.Task[CloseReport]] = {}
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._watchers: list[asyncio.Queue[Workflow]] = []
         self._closed: OrderedDict[str, tuple[Workflow, CloseReport | None]] = OrderedDict()
 
     # -- open and find ------------------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ class Registry:
         if trace_id is not None:
             self._by_trace[agent, trace_id] = workflow
         heapq.heappush(self._deadlines, (self._due(workflow), workflow.id))
-        self._on_change(workflow, None)
+        self._changed(workflow, None)
         return workflow
 
     def get(self, workflow_id: str) -> Workflow:
@@ -181,6 +184,30 @@ class Registry:
         """Until the maximum age."""
         return workflow.deadline - self._clock.monotonic()
 
+    @contextmanager
+    def watch(self, changes: asyncio.Queue[Workflow]) -> Iterator[None]:
+        """Puts each workflow that changes into `changes` while the block lasts; one that is full misses changes."""
+        self._watchers.append(changes)
+        try:
+            yield
+        finally:
+            self._watchers.remove(changes)
+
+    def _changed(self, workflow: Workflow, report: CloseReport | None) -> None:
+        self._on_change(workflow, report)
+        for changes in self._watchers:
+            if not changes.full():
+                changes.put_nowait(workflow)
+
+    def wait_closed(self, workflow: Workflow) -> asyncio.Future[None]:
+        """Done as soon as the workflow begins to close, whoever closes it."""
+        waiting = self._waiting.get(workflow.id)
+        if waiting is None:
+            waiting = self._waiting[workflow.id] = asyncio.get_running_loop().create_future()
+            if not workflow.is_open:
+                waiting.set_result(None)
+        return waiting
+
     # -- end ----------------------------------------------------------------------------------------------------
 
     def close(self, workflow: Workflow, reason: CloseReason) -> asyncio.Task[CloseReport]:
@@ -194,10 +221,12 @@ class Registry:
         workflow.close_reason = reason
         workflow.subject_token = None
         self._forget(workflow)
+        if (waiting := self._waiting.pop(workflow.id, None)) is not None and not waiting.done():
+            waiting.set_result(None)
         for flow in list(workflow.flows):
             flow.cut()
         settled = self._settle(workflow)
-        self._on_change(workflow, None)
+        self._changed(workflow, None)
         task = self._background.spawn(self._finish(workflow, settled), f"close {workflow.id}")
         self._closing[workflow.id] = task
         return task
@@ -209,7 +238,7 @@ class Registry:
         self._closed[workflow.id] = (workflow, report)
         while len(self._closed) > _KEPT:
             self._closed.popitem(last=False)
-        self._on_change(workflow, report)
+        self._changed(workflow, report)
         return report
 
     async def _remembered(self, workflow: Workflow) -> CloseReport:

@@ -1,0 +1,58 @@
+"""Probes and metrics over HTTP, reachable from outside the pod: no workflow ids, nothing to change."""
+
+from collections.abc import Callable
+
+from aiohttp import web
+
+from sidecar.errors import ConfigError, Reason
+from sidecar.telemetry.metrics import Metrics
+
+Ready = Callable[[], tuple[bool, list[dict[str, object]]]]
+"""Whether calls can be served, and one row a dependency."""
+
+
+class HealthServer:
+    """`start` listens, `stop` ends it."""
+
+    def __init__(self, address: str, ready: Ready, metrics: Metrics) -> None:
+        self._address = address
+        self._ready = ready
+        self._metrics = metrics
+        self._runner: web.AppRunner | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Raises `ConfigError` when the address is taken."""
+        app = web.Application(client_max_size=1024)
+        app.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._exposition),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        host, _, port = self._address.rpartition(":")
+        try:
+            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
+        except OSError as error:
+            raise ConfigError(
+                Reason.CONFIG_INVALID, f"health: cannot listen on {self._address}: {error.strerror}"
+            ) from None
+        self.port = int(self._runner.addresses[0][1])
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.json_response({"alive": True})
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        ready, rows = self._ready()
+        return web.json_response({"ready": ready, "dependencies": rows}, status=200 if ready else 503)
+
+    async def _exposition(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.exposition(), content_type="text/plain", charset="utf-8")
+
+    async def stop(self) -> None:
+        """Ends the server."""
+        if self._runner is not None:
+            await self._runner.cleanup()

@@ -1,0 +1,108 @@
+"""The Unix sockets: one `grpc.aio` server each, whose file permissions are the authentication.
+
+gRPC shows no peer credentials, and the socket's mode follows the umask: directories and modes are set here, explicitly.
+"""
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.token_exchange_service import TokenExchangeService
+from sidecar.control.workflows_service import Doors, WorkflowsService
+from sidecar.errors import ConfigError, Reason
+from sidecar.model.caller import Agent
+from sidecar.tools.router import Router
+from sidecar.wire.spanlock.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    token_exchange_pb2,
+    token_exchange_pb2_grpc,
+    workflows_pb2,
+    workflows_pb2_grpc,
+)
+
+_MAX_MESSAGE = 64 * 1024
+_AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
+
+
+class Socket:
+    """One server on one socket. `start` listens, `stop` ends it and removes the file."""
+
+    def __init__(self, path: Path, services: tuple[str, ...], add: Callable[[Any], None], owner: int | None) -> None:
+        self.path = path
+        self._services = services
+        self._add = add
+        self._owner = owner
+        self._server: Any = None
+
+    async def start(self) -> None:
+        """Raises `ConfigError` when the path cannot be used; a stale socket of a dead sidecar is replaced."""
+        directory = self.path.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            directory.chmod(0o700 if self._owner is None else 0o750)
+            if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
+                raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
+            self.path.unlink(missing_ok=True)
+            self._server = self._build()
+            await self._server.start()
+            self._protect(directory)
+        except OSError as error:
+            raise ConfigError(
+                Reason.CONFIG_INVALID,
+                f"run_dir: cannot listen on {self.path}: {error.strerror}; set run_dir or SPANLOCK_RUN_DIR",
+            ) from None
+
+    def _build(self) -> Any:
+        options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)]
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=20_000)
+        self._add(server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)
+        names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        server.add_insecure_port(f"unix:{self.path}")
+        return server
+
+    def _protect(self, directory: Path) -> None:
+        """0660 for an agent's socket, owned by the agent's uid when we may give it; 0600 for the operator's."""
+        self.path.chmod(0o600 if self._owner is None else 0o660)
+        if self._owner is not None and self._owner != os.getuid() and os.geteuid() == 0:
+            os.chown(directory, self._owner, -1)
+            os.chown(self.path, self._owner, -1)
+
+    async def stop(self, grace: float) -> None:
+        """Ends the server; calls under way get `grace` seconds."""
+        if self._server is not None:
+            await self._server.stop(grace)
+        self.path.unlink(missing_ok=True)
+
+
+def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router]) -> Socket:
+    """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else."""
+
+    def add(server: Any) -> None:
+        workflows_pb2_grpc.add_WorkflowsServicer_to_server(WorkflowsService(agent.name, doors), server)  # type: ignore[no-untyped-call]
+        service = TokenExchangeService(agent.name, doors, router)
+        token_exchange_pb2_grpc.add_TokenExchangeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+
+    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent.uid)
+
+
+def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
+    """`operator/operator.sock`: Admin, in a directory that is never mounted beside an agent."""
+
+    def add(server: Any) -> None:
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
+
+    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None)
+
+
+DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)
+"""Imported for reflection: each file registers itself when it is imported."""
