@@ -36,7 +36,9 @@ def handle_of(raw: bytes | None) -> str | None:
 def join(
     plane: Plane, caller: Caller, head: RequestHead, tunnel_handle: str | None, tool: Tool
 ) -> tuple[Workflow, Lease | None]:
-    """The open workflow of this call, and the lease that a CredentialHandle stands for. Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
+    """The open workflow of this call, and the lease that a CredentialHandle stands for.
+
+    Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
     handle = handle_of(head.handle) or tunnel_handle
     authorization = head.authorization
     if authorization is None or authorization[: len(_CREDENTIAL_HANDLE)].lower() != _CREDENTIAL_HANDLE:

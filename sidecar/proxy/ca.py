@@ -99,7 +99,7 @@ class CertificateAuthority:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        context.sni_callback = _compare_sni(host)  # type: ignore[assignment] # typeshed leaves out the missing name
+        context.sni_callback = _compare_sni(host)
         self._load(context, certificate)
         return context
 

@@ -1,0 +1,5 @@
+"""`python -m sidecar` is `spanlock`."""
+
+from sidecar.cli.main import main
+
+main()

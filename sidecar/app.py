@@ -1,0 +1,411 @@
+"""The only file that knows everybody: builds the parts, starts them in order, reloads, drains.
+
+Order of start: identity, then credentials and policy, then the doors. Order of the end: stop accepting, let calls in flight
+end, close every workflow, revoke every lease, say what could not be revoked, close the audit log last.
+"""
+
+import asyncio
+import ctypes
+import os
+import random
+import resource
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidecar import __version__
+from sidecar.audit.log import AuditLog
+from sidecar.audit.sinks import FileSink, StdoutSink
+from sidecar.clock import Clock, SystemClock
+from sidecar.config.load import load
+from sidecar.config.schema import Settings
+from sidecar.control import convert
+from sidecar.control.admin_service import AdminOps
+from sidecar.control.health import HealthServer
+from sidecar.control.sockets import Socket, agent_socket, operator_socket
+from sidecar.control.workflows_service import Doors
+from sidecar.credentials.broker import Broker
+from sidecar.credentials.exchangers.registry import build_exchanger
+from sidecar.credentials.renewer import Renewer
+from sidecar.errors import ConfigError, Reason, SpanlockError
+from sidecar.identity.callers import Callers, isolation
+from sidecar.identity.peer import uid_of_peer
+from sidecar.identity.source import WorkloadSvids
+from sidecar.identity.workload_api import WorkloadApi
+from sidecar.model.audit import LeaseRecord, WorkflowRecord
+from sidecar.model.caller import Caller
+from sidecar.model.lease import CloseReport, Lease
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import CloseReason, Workflow
+from sidecar.policy.decider import Decider
+from sidecar.policy.load import load_policy
+from sidecar.proxy.ca import CertificateAuthority
+from sidecar.proxy.destination import Mode
+from sidecar.proxy.egress import Resolve, system_resolver
+from sidecar.proxy.flow import Flow
+from sidecar.proxy.listener import Listeners
+from sidecar.proxy.plane import Plane
+from sidecar.proxy.pool import Pool
+from sidecar.tasks import Background
+from sidecar.telemetry.logging import configure, logger
+from sidecar.telemetry.metrics import Metrics
+from sidecar.telemetry.tracing import Tracer
+from sidecar.tools.router import Router
+from sidecar.triggers.otlp import OtlpReceivers
+from sidecar.wire.spanlock.v1 import admin_pb2
+from sidecar.workflows.registry import Registry
+
+
+@dataclass(frozen=True)
+class World:
+    """What differs between production and a test: time, chance, names."""
+
+    clock: Clock
+    rng: random.Random
+    resolve: Resolve = system_resolver
+
+
+def world() -> World:
+    """The real one."""
+    return World(SystemClock(), random.SystemRandom())
+
+
+class App:
+    """One sidecar. `start` returns when every door is open; `stop` drains. Made once, started once."""
+
+    def __init__(self, settings: Settings, path: Path, around: World) -> None:
+        """Builds everything; reads the policy files (relative to the configuration file `path`). Raises `ConfigError`."""
+        self.settings = settings
+        self.path = path
+        self.log = logger("app")
+        self.clock = clock = around.clock
+        self.started_at = clock.now()
+        self.background = Background(self._task_failed)
+        self.metrics = Metrics()
+        tools = {tool.name: tool for tool in (t.build() for t in settings.tools)}
+        agents = {agent.name: agent for agent in (a.build() for a in settings.agents)}
+        self.callers = Callers(agents.values())
+        self.svids = WorkloadSvids(
+            WorkloadApi(settings.spiffe.socket),
+            list(agents.values()),
+            clock,
+            around.rng,
+            self._needs_identity,
+            self.background,
+        )
+        self.decider = Decider(load_policy(settings.policy, path.parent), agents, tools)
+        self.exchangers = {i.name: build_exchanger(i, self.svids, clock) for i in settings.issuers}
+        self.broker = Broker(
+            clock=clock, rng=around.rng, svids=self.svids, exchangers=self.exchangers, decider=self.decider,
+            config=settings.credentials, background=self.background, on_event=self._lease_event, on_drop=self._lease_dropped,
+        )  # fmt: skip
+        self.registry = Registry(
+            clock, settings.workflows, self.broker.close_workflow, self._workflow_changed, self.background
+        )
+        sink = StdoutSink() if settings.audit.file == "-" else _file_sink(settings.audit.file)
+        self.audit = AuditLog(sink, clock, self.metrics.audit_lost.inc)
+        self.tracer = Tracer(settings.telemetry.otlp_endpoint, clock)
+        self.pool = Pool(self.background, around.resolve, self._own_ports)
+        https = {tool.authority.host for tool in tools.values() if tool.scheme == "https"}
+        self.plane = Plane(
+            registry=self.registry, router=Router(tools.values()), callers=self.callers, decider=self.decider,
+            broker=self.broker, pool=self.pool, audit=self.audit, metrics=self.metrics, tracer=self.tracer, clock=clock,
+            ca=CertificateAuthority(https, clock), background=self.background, limits=settings.limits,
+            find_caller=self.find_caller,
+        )  # fmt: skip
+        self.listeners = Listeners(self.plane)
+        self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
+        self.health = HealthServer(settings.health, self.ready, self.metrics) if settings.health is not None else None
+        self.addresses: dict[str, str] = {}
+        self._sockets: list[Socket] = []
+        self._gauges()
+
+    # -- start and end ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Opens every door. Does not wait for SPIRE: readiness says when identities are there. Raises `ConfigError`."""
+        asyncio.get_running_loop().set_exception_handler(self._loop_error)
+        spawn = self.background.spawn
+        spawn(self.svids.run(), "svids")
+        spawn(self.registry.run(), "workflow expiry")
+        spawn(Renewer(self.broker, self.clock).run(), "renewer")
+        spawn(self.audit.run(), "audit")
+        spawn(self.tracer.run(), "tracer")
+        spawn(self.listeners.sweep(self.clock), "sweep")
+        listeners = self.settings.listeners
+        for mode, address in ((Mode.EXPLICIT, listeners.explicit), (Mode.REVERSE, listeners.reverse)):
+            if address is not None:
+                self.addresses[mode.value] = await self.listeners.open(address, mode)
+        await self.otlp.start()
+        if self.health is not None:
+            await self.health.start()
+        doors = Doors(
+            self.registry,
+            self.broker,
+            self.decider,
+            self.listeners.open_for,
+            lambda: self.plane.ca.pem,
+            self._accepting,
+        )
+        run_dir = Path(self.settings.run_dir)
+        for agent in self.callers.agents.values():
+            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
+        ops = AdminOps(self.registry, self.broker, self.status, self.reload)
+        self._sockets.append(operator_socket(run_dir, ops))
+        for socket in self._sockets:
+            await socket.start()
+        self.log.info("started", version=__version__, listeners=self.addresses, run_dir=str(run_dir))
+
+    async def stop(self) -> int:
+        """Drains and revokes; returns how many credentials could not be revoked."""
+        self.plane.draining = True
+        self.listeners.stop_accepting()
+        await self._let_flows_end(self.settings.limits.drain_seconds)
+        closing = self.registry.close_all(CloseReason.SHUTDOWN)
+        if closing:
+            await asyncio.wait(closing)
+        left = await self.broker.drain(self.settings.credentials.revoke_deadline)
+        for lease in self._unrevoked():
+            self.log.error("not_revoked", **lease)
+        for socket in self._sockets:
+            await socket.stop(0.5)
+        self.listeners.aclose()
+        self.pool.aclose()
+        await self.otlp.stop()
+        if self.health is not None:
+            await self.health.stop()
+        await self.background.aclose()
+        for exchanger in self.broker.revoker.exchangers.values():
+            await exchanger.aclose()
+        await self.svids.aclose()
+        self.audit.close()
+        self.log.info("stopped", not_revoked=left)
+        return left
+
+    async def _let_flows_end(self, seconds: float) -> None:
+        deadline = self.clock.monotonic() + seconds
+        while any(c.flow is not None for c in self.listeners.connections) and self.clock.monotonic() < deadline:
+            await self.clock.sleep(0.05)
+
+    def _unrevoked(self) -> list[dict[str, Any]]:
+        return [
+            {"issuer": issuer, "because": because, "left_to_expire": self.broker.revoker.backlog}
+            for issuer, because in self.broker.revoker.failing.items()
+        ]
+
+    # -- reload -------------------------------------------------------------------------------------------------
+
+    async def reload(self) -> admin_pb2.ReloadResponse:
+        """Reads the configuration file again: all or nothing. The running one is kept when anything is wrong."""
+        try:
+            return self._apply(load(self.path))
+        except ConfigError as error:
+            self.log.error("reload_refused", detail=error.detail)
+            return admin_pb2.ReloadResponse(
+                applied=False, errors=error.detail.split("\n"), policy_epoch=self.decider.epoch
+            )
+
+    def _apply(self, settings: Settings) -> admin_pb2.ReloadResponse:
+        policy = load_policy(settings.policy, self.path.parent)
+        agents = {agent.name: agent for agent in (a.build() for a in settings.agents)}
+        tools = {tool.name: self._same(tool) for tool in (t.build() for t in settings.tools)}
+        changed = [i for i in settings.issuers if i not in self.settings.issuers]
+        restart = self._needs_restart(settings, tools)
+        self.decider.replace(policy, agents, tools)
+        self.broker.replace({i.name: build_exchanger(i, self.svids, self.clock) for i in changed})
+        self.callers = self.plane.callers = Callers(agents.values())
+        self.svids.replace_agents(list(agents.values()))
+        gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
+        self.plane.router = Router(tools.values())
+        self.settings = settings
+        for tool in gone:
+            self.background.spawn(self.broker.withdraw(tool=tool.name, reissue=True), f"withdraw {tool.name}")
+        self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
+        return admin_pb2.ReloadResponse(applied=True, needs_restart=restart, policy_epoch=self.decider.epoch)
+
+    def _same(self, tool: Tool) -> Tool:
+        """The tool that is running, when nothing of it changed: its leases live on."""
+        return next((running for running in self.plane.router.tools if running == tool), tool)
+
+    def _needs_restart(self, settings: Settings, tools: dict[str, Tool]) -> list[str]:
+        sections = (
+            "spiffe",
+            "listeners",
+            "otlp",
+            "health",
+            "run_dir",
+            "audit",
+            "telemetry",
+            "workflows",
+            "credentials",
+            "limits",
+        )
+        names = [name for name in sections if getattr(settings, name) != getattr(self.settings, name)]
+        if {a.name for a in settings.agents} != set(self.callers.agents):
+            names.append("agents (sockets)")
+        hosts = {tool.authority.host for tool in self.plane.router.tools}
+        if any(tool.scheme == "https" and tool.authority.host not in hosts for tool in tools.values()):
+            names.append("tools (a new https host: the interception CA is constrained to those it was made for)")
+        return names
+
+    # -- what the parts tell us ---------------------------------------------------------------------------------
+
+    def find_caller(self, local: tuple[str, int], peer: tuple[str, int]) -> Caller:
+        """Who is at the other end of a loopback connection. Raises `CallerError` (unknown_caller)."""
+        return self.callers.by_uid(uid_of_peer(local, peer))
+
+    def _accepting(self) -> bool:
+        return not self.plane.draining
+
+    def _needs_identity(self, agent: str) -> bool:
+        return self.broker.live_leases(agent)
+
+    def _own_ports(self) -> frozenset[int]:
+        ports = {self.otlp.grpc_port, self.otlp.http_port, self.health.port if self.health is not None else 0}
+        return self.listeners.ports() | frozenset(ports - {0})
+
+    def _lease_event(self, record: LeaseRecord) -> None:
+        self.audit.lease(record)
+        self.metrics.lease_event(record.tool, record.event, record.outcome)
+
+    def _lease_dropped(self, workflow: Workflow, lease: Lease) -> None:
+        """No byte with this credential leaves any more: its flows are cut, its connections closed."""
+        for flow in list(workflow.flows):
+            if isinstance(flow, Flow) and flow.lease is lease:
+                flow.drop_lease()
+        self.pool.drop_workflow(workflow.id, lease.key.tool)
+
+    def _workflow_changed(self, workflow: Workflow, report: CloseReport | None) -> None:
+        if not workflow.is_open and report is None:
+            self.pool.drop_workflow(workflow.id)
+            self.listeners.close_for(workflow.id)
+        event = "opened" if workflow.is_open else "closing" if report is None else "closed"
+        self.audit.workflow(
+            WorkflowRecord(
+                time=self.clock.now(), event=event, workflow=workflow.id, agent=workflow.agent, name=workflow.name,
+                reason=str(workflow.close_reason or ""), trace_id=workflow.trace_id or "", flows=workflow.flow_count,
+                leases=len(report.ends) if report is not None else 0,
+                dropped_ms=report.dropped_ms if report is not None else 0.0,
+                revoked_ms=report.revoked_ms if report is not None else 0.0,
+            )
+        )  # fmt: skip
+        if report is not None:
+            self.metrics.workflow_closed(report.reason, report.dropped_ms, report.revoked_ms)
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        if not isinstance(error, SpanlockError):
+            self.log.error("task_failed", task=name, exc_info=error)
+
+    def _loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self.log.error("internal_error", message=context.get("message"), exc_info=context.get("exception"))
+
+    # -- status -------------------------------------------------------------------------------------------------
+
+    def ready(self) -> tuple[bool, list[dict[str, object]]]:
+        """Ready: every agent has an identity, and we are not draining. Issuers that fail are told, as calls may go on."""
+        rows = [*self.svids.health(), *self.broker.health(), self._policy_row(), self._audit_row()]
+        for name in self.callers.agents:
+            problem = self.svids.problem(name)
+            rows.append({"name": f"identity {name}", "ok": not problem, "last_error": problem})
+        return self.svids.ready and not self.plane.draining, rows
+
+    def _policy_row(self) -> dict[str, object]:
+        return {
+            "name": "policy",
+            "ok": True,
+            "since": self.started_at,
+            "last_error": "",
+            "digest": self.decider.digest[:16],
+        }
+
+    def _audit_row(self) -> dict[str, object]:
+        ok = self.audit.healthy
+        return {
+            "name": "audit",
+            "ok": ok,
+            "last_error": "" if ok else "the sink refuses lines; records are lost and counted",
+        }
+
+    def status(self) -> admin_pb2.StatusResponse:
+        """The whole picture for `spanlock status`."""
+        ready, rows = self.ready()
+        problems = [str(row["last_error"]) for row in rows if not row["ok"] and str(row["name"]).startswith("identity")]
+        response = admin_pb2.StatusResponse(
+            version=__version__,
+            started_at=convert.timestamp(self.started_at),
+            ready=ready,
+            not_ready_because="shutting down" if self.plane.draining else "; ".join(problems),
+            open_workflows=self.registry.open_count,
+            active_leases=self.broker.live_count,
+            revocation_backlog=self.broker.revoker.backlog,
+            policy_epoch=self.decider.epoch,
+            policy_digest=self.decider.digest,
+            ca_fingerprint=self.plane.ca.fingerprint,
+            listeners=[f"{name} {address}" for name, address in self.addresses.items()],
+        )
+        for row in rows:
+            if not str(row["name"]).startswith("identity"):
+                response.dependencies.append(_dependency(row))
+        for agent in self.callers.agents.values():
+            response.agents.add(
+                name=agent.name, spiffe_id=agent.spiffe_id, svid_expires_at=convert.timestamp(self.svids.expiry(agent.name)),
+                isolation=isolation(agent, os.getuid()), problem=self.svids.problem(agent.name),
+            )  # fmt: skip
+        for at, agent_name, tool, reason, detail in self.plane.denials:
+            response.last_denials.add(
+                at=convert.timestamp(at), agent=agent_name, tool=tool, reason=reason, detail=detail
+            )
+        return response
+
+    def _gauges(self) -> None:
+        gauge = self.metrics.gauge
+        gauge("spanlock_open_workflows", "Open workflows", lambda: float(self.registry.open_count))
+        gauge("spanlock_leases", "Live leases", lambda: float(self.broker.live_count))
+        gauge("spanlock_revocation_backlog", "Tokens still to be revoked", lambda: float(self.broker.revoker.backlog))
+        gauge("spanlock_ready", "1 when ready", lambda: float(self.ready()[0]))
+
+
+def _dependency(row: dict[str, Any]) -> admin_pb2.Dependency:
+    return admin_pb2.Dependency(
+        name=row["name"],
+        ok=row["ok"],
+        since=convert.timestamp(row.get("since")),
+        last_error=row["last_error"],
+        next_try=convert.timestamp(row.get("next_try")),
+        effect=row.get("effect") or "",
+    )
+
+
+def _file_sink(path: str) -> FileSink:
+    try:
+        return FileSink(path)
+    except OSError as error:
+        raise ConfigError(Reason.CONFIG_INVALID, f"audit.file: {path} cannot be opened: {error.strerror}") from None
+
+
+_PR_SET_DUMPABLE = 4
+
+
+def harden() -> None:
+    """No core dump and no ptrace by the same uid: what is in memory stays there (prctl(2) PR_SET_DUMPABLE)."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+async def serve(settings: Settings, path: Path) -> int:
+    """Runs until SIGTERM or SIGINT; SIGHUP reloads. Returns the exit status: 0, or 1 when something was not revoked."""
+    app = App(settings, path, world())
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: app.background.spawn(app.reload(), "reload"))
+    await app.start()
+    await stopping.wait()
+    return 1 if await app.stop() else 0
+
+
+def configure_logging(settings: Settings) -> None:
+    """Logs go to standard error."""
+    configure(settings.telemetry.log_level, settings.telemetry.log_format)
