@@ -39,7 +39,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         registry, broker = self._ops.registry, self._ops.broker
         return pb.ListWorkflowsResponse(
             workflows=[
-                convert.workflow(w, registry.seconds_left(w), len(broker.leases(workflow=w.id)))
+                convert.workflow(w, registry.expires_at(w), len(broker.leases(workflow=w.id)))
                 for w in registry.remembered(request.agent or None)
             ]
         )

@@ -27,15 +27,15 @@ def duration(seconds: float) -> Duration:
     return message
 
 
-def workflow(noun: Workflow, seconds_left: float, leases: int) -> workflows_pb2.Workflow:
-    """`seconds_left`: until the maximum age."""
+def workflow(noun: Workflow, expires_at: float, leases: int) -> workflows_pb2.Workflow:
+    """`expires_at`: wall seconds of the maximum age."""
     return workflows_pb2.Workflow(
         id=noun.id,
         agent=noun.agent,
         name=noun.name,
         state=noun.state.value,
         opened_at=timestamp(noun.opened_at),
-        expires_at=timestamp(noun.opened_at + max(seconds_left, 0.0)),
+        expires_at=timestamp(expires_at),
         trace_id=noun.trace_id or "",
         close_reason=str(noun.close_reason or ""),
         flows=noun.flow_count,

@@ -149,7 +149,7 @@ class WorkflowsService(workflows_pb2_grpc.WorkflowsServicer):
     def _message(self, workflow: Workflow) -> pb.Workflow:
         doors = self._doors
         return convert.workflow(
-            workflow, doors.registry.seconds_left(workflow), len(doors.broker.leases(workflow=workflow.id))
+            workflow, doors.registry.expires_at(workflow), len(doors.broker.leases(workflow=workflow.id))
         )
 
 

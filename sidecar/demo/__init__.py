@@ -1,0 +1,2 @@
+"""What a demonstration needs and a laptop lacks: `workload_api` (SPIRE's part), `token_service` (the issuer's), `tools` (two
+upstreams), `pki` (their certificates). Real protocols on real sockets; the sidecar cannot tell the difference."""

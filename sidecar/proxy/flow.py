@@ -51,7 +51,7 @@ class Flow(Driven):
     """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
 
     __slots__ = (
-        "_keep_alive", "_pending", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method", "permit",
+        "_early", "_keep_alive", "_pending", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method", "permit",
         "plane", "replied", "route", "started", "status", "touched", "upstream", "upstream_address", "workflow",
     )  # fmt: skip
 
@@ -75,6 +75,7 @@ class Flow(Driven):
         self.bytes_out = 0
         self.body_complete = head.framing.done
         self._pending: list[bytes] = []
+        self._early: list[bytes] = []
         self._keep_alive = head.keep_alive
 
     # -- the way of a request -----------------------------------------------------------------------------------
@@ -181,6 +182,9 @@ class Flow(Driven):
         # An answer before the request's end leaves unread bytes on both sides: neither connection is used again (D5).
         self._keep_alive = self._keep_alive and self.body_complete
         self.downstream.reply(head, self._keep_alive)
+        for payload in self._early:  # a promoted flow wakes one step later than its bytes come
+            self.downstream.relay(payload)
+        self._early.clear()
         while not upstream.complete:
             if upstream.error is not None:
                 raise upstream.error
@@ -195,7 +199,10 @@ class Flow(Driven):
         """A piece of the response's body (from the upstream)."""
         self.touched = self.plane.clock.monotonic()
         self.bytes_out += len(payload)
-        self.downstream.relay(payload)
+        if self.replied:
+            self.downstream.relay(payload)
+        else:
+            self._early.append(payload)
 
     def request_body(self, payload: bytes, complete: bool) -> None:
         """A piece of the request's body (from the downstream)."""

@@ -180,9 +180,9 @@ class Registry:
         """Pushes the idle time back; never the maximum age."""
         workflow.last_used = self._clock.monotonic()
 
-    def seconds_left(self, workflow: Workflow) -> float:
-        """Until the maximum age."""
-        return workflow.deadline - self._clock.monotonic()
+    def expires_at(self, workflow: Workflow) -> float:
+        """Wall seconds of the maximum age."""
+        return self._clock.now() + max(workflow.deadline - self._clock.monotonic(), 0.0)
 
     @contextmanager
     def watch(self, changes: asyncio.Queue[Workflow]) -> Iterator[None]:

@@ -1,0 +1,129 @@
+"""The embedded world: identity, issuer and two tools from `sidecar.demo`, and a real sidecar configured for them."""
+
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from sidecar.app import App, World, world
+from sidecar.config.load import parse
+from sidecar.demo.pki import DemoPki
+from sidecar.demo.token_service import DemoTokenService
+from sidecar.demo.tools import DemoTool
+from sidecar.demo.workload_api import DemoSpire
+
+AGENT_ID = "spiffe://demo.spanlock.test/agent"
+POLICY = """\
+@id("demo-open") permit(principal == Spanlock::Agent::"demo", action == Spanlock::Action::"workflow.open", resource);
+@id("demo-search") @ttl("300") @scopes("search:read")
+permit(principal == Spanlock::Agent::"demo", action, resource == Spanlock::Tool::"search");
+@id("demo-reports") @ttl("300") @scopes("reports:read")
+permit(principal == Spanlock::Agent::"demo", action, resource == Spanlock::Tool::"reports");
+@id("no-admin") forbid(principal, action == Spanlock::Action::"http.request", resource)
+when { context.path like "/admin*" };
+"""
+CONFIG = """\
+spiffe: {{socket: "unix://{dir}/spire.sock"}}
+agents: [{{name: demo, spiffe_id: "{agent}", uid: {uid}}}]
+issuers: [{{name: demo-issuer, kind: token_exchange, issuer: "{issuer}", subject: {subject}}}]
+policy: {{files: [policy.cedar], environment: demo}}
+listeners: {{explicit: "127.0.0.1:0", reverse: "127.0.0.1:0"}}
+otlp: {{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}}
+health: "127.0.0.1:0"
+limits: {{drain_seconds: 0.2}}
+audit: {{file: "{dir}/audit.jsonl"}}
+run_dir: "{dir}/run"
+tools:
+- name: search
+  url: https://search.tool.test:{search_port}
+  address: 127.0.0.1
+  issuer: demo-issuer
+  audience: tool-search
+  scopes: [search:read]
+  ca_file: {dir}/tools-ca.pem
+  token_check: introspection
+  introspection: {{client_id: tool-search, secret_file: "{dir}/tool-search.secret"}}
+- name: reports
+  url: https://reports.tool.test:{reports_port}
+  address: 127.0.0.1
+  issuer: demo-issuer
+  audience: tool-reports
+  scopes: [reports:read]
+  ca_file: {dir}/tools-ca.pem
+  token_check: offline
+  introspection: {{client_id: tool-reports, secret_file: "{dir}/tool-reports.secret"}}
+{more}"""
+
+
+class Stage:
+    """An async context: everything is up inside, and gone with its temporary directory after."""
+
+    def __init__(self, *, subject: str = "client_credentials", more: str = "", around: World | None = None) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="spanlock-demo-")
+        self.dir = Path(self._temporary.name)
+        self.pki = DemoPki()
+        self.spire = DemoSpire([AGENT_ID])
+        secret = {name: secrets.token_hex(16) for name in ("tool-search", "tool-reports")}
+        audiences = {"tool-search": {"search:read", "search:write"}, "tool-reports": {"reports:read"}}
+        self.issuer = DemoTokenService(self.spire.jwks, audiences, secret)
+        self._secrets = secret
+        self._subject = subject
+        self._more = more
+        self._around = around
+        self.search: DemoTool
+        self.reports: DemoTool
+        self.app: App
+
+    async def __aenter__(self) -> "Stage":
+        await self.issuer.start()
+        self.search = DemoTool(
+            "search.tool.test", "introspection", self.issuer.issuer, ("tool-search", self._secrets["tool-search"])
+        )
+        self.reports = DemoTool(
+            "reports.tool.test", "offline", self.issuer.issuer, ("tool-reports", self._secrets["tool-reports"])
+        )
+        for tool in (self.search, self.reports):
+            await tool.start(self.pki.server_context(tool.host))
+        await self.spire.start(f"{self.dir}/spire.sock")
+        self.write_files()
+        self.app = App(parse(self.config_text(), "demo"), self.dir / "spanlock.yaml", self._around or world())
+        await self.app.start()
+        return self
+
+    def write_files(self) -> None:
+        """The configuration as files, so that `reload` and other commands read what runs."""
+        (self.dir / "tools-ca.pem").write_text(self.pki.pem)
+        (self.dir / "policy.cedar").write_text(POLICY)
+        for name, secret in self._secrets.items():
+            path = self.dir / f"{name}.secret"
+            path.touch(mode=0o600)
+            path.write_text(secret)
+        (self.dir / "spanlock.yaml").write_text(self.config_text())
+
+    def config_text(self) -> str:
+        """spanlock.yaml of this world."""
+        return CONFIG.format(
+            dir=self.dir, agent=AGENT_ID, uid=os.getuid(), issuer=self.issuer.issuer, subject=self._subject,
+            search_port=self.search.port, reports_port=self.reports.port, more=self._more.format(dir=self.dir),
+        )  # fmt: skip
+
+    @property
+    def agent_socket(self) -> Path:
+        """Where the demo agent opens workflows."""
+        return self.dir / "run/agents/demo/agent.sock"
+
+    @property
+    def operator_socket(self) -> Path:
+        """Where the operator asks."""
+        return self.dir / "run/operator/operator.sock"
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.app.stop()
+        await self.spire.stop()
+        for tool in (self.search, self.reports):
+            await tool.stop()
+        await self.issuer.stop()
+        self._temporary.cleanup()
