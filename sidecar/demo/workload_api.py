@@ -63,7 +63,7 @@ class DemoSpire(workload_pb2_grpc.SpiffeWorkloadAPIServicer):
             self._changed.notify_all()
 
     def jwks(self) -> dict[str, Any]:
-        """The JWT bundle: what issuers verify JWT-SVIDs with. (A SPIFFE bundle says `use: jwt-svid`; verifiers here need none.)"""
+        """The JWT bundle: what issuers verify JWT-SVIDs with."""
         return {"keys": [self._jwt_key.as_dict(private=False)]}
 
     # -- the API ------------------------------------------------------------------------------------------------

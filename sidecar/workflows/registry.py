@@ -57,6 +57,7 @@ class Registry:
         self._by_agent: dict[str, dict[str, Workflow]] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._closing: dict[str, asyncio.Task[CloseReport]] = {}
+        self._ending: dict[str, Workflow] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._watchers: list[asyncio.Queue[Workflow]] = []
         self._closed: OrderedDict[str, tuple[Workflow, CloseReport | None]] = OrderedDict()
@@ -116,14 +117,14 @@ class Registry:
 
     def find(self, workflow_id: str) -> Workflow | None:
         """A workflow in any state, as long as it is remembered."""
-        if (workflow := self._open.get(workflow_id)) is not None:
+        if (workflow := self._open.get(workflow_id) or self._ending.get(workflow_id)) is not None:
             return workflow
         entry = self._closed.get(workflow_id)
         return entry[0] if entry is not None else None
 
     def remembered(self, agent: str | None = None) -> list[Workflow]:
         """Open workflows, then remembered ones."""
-        found = [*self._open.values(), *(workflow for workflow, _ in self._closed.values())]
+        found = [*self._open.values(), *self._ending.values(), *(workflow for workflow, _ in self._closed.values())]
         return [w for w in found if agent is None or w.agent == agent]
 
     @property
@@ -203,8 +204,10 @@ class Registry:
         """Done as soon as the workflow begins to close, whoever closes it."""
         waiting = self._waiting.get(workflow.id)
         if waiting is None:
-            waiting = self._waiting[workflow.id] = asyncio.get_running_loop().create_future()
-            if not workflow.is_open:
+            waiting = asyncio.get_running_loop().create_future()
+            if workflow.is_open:
+                self._waiting[workflow.id] = waiting
+            else:
                 waiting.set_result(None)
         return waiting
 
@@ -229,12 +232,14 @@ class Registry:
         self._changed(workflow, None)
         task = self._background.spawn(self._finish(workflow, settled), f"close {workflow.id}")
         self._closing[workflow.id] = task
+        self._ending[workflow.id] = workflow
         return task
 
     async def _finish(self, workflow: Workflow, settled: asyncio.Task[CloseReport]) -> CloseReport:
         report = await asyncio.shield(settled)
         workflow.state = step(WORKFLOW_TABLE, workflow.state, WorkflowEvent.SETTLED)
         self._closing.pop(workflow.id, None)
+        self._ending.pop(workflow.id, None)
         self._closed[workflow.id] = (workflow, report)
         while len(self._closed) > _KEPT:
             self._closed.popitem(last=False)

@@ -1,0 +1,262 @@
+"""The whole story in one command, nothing else installed: an embedded SPIFFE Workload API, token service and two tools on
+real sockets, the real sidecar, and a small agent that calls them. Shows each credential's life, and the proof of its death."""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import typer
+import uvloop
+
+from sidecar.cli import environment
+from sidecar.cli.stage import AGENT_ID, Stage
+from sidecar.control import convert
+from sidecar.demo.tools import masked
+from sidecar.errors import CallerError, Reason
+from sidecar.model.caller import Caller
+from sidecar.model.workflow import CloseReason
+from sidecar.telemetry.logging import configure
+from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
+from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
+
+_TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@dataclass
+class Story:
+    """What happened, told as it happens: lines for people, or one JSON object a line."""
+
+    as_json: bool
+    clock: Any
+    started: float = 0.0
+    ok: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def tell(self, step: str, text: str, good: bool = True, **facts: Any) -> None:
+        """One step. A step that is not good makes the whole demo fail."""
+        self.ok = self.ok and good
+        at = (self.clock.monotonic() - self.started) * 1000
+        if self.as_json:
+            print(json.dumps({"step": step, "ms": round(at, 1), "ok": good, "text": text, **facts}), flush=True)
+        else:
+            print(f"{at:8.1f} ms  {'ok  ' if good else 'FAIL'}  {step:<10} {text}", flush=True)
+
+
+def command(
+    crash: bool = typer.Option(False, "--crash", help="Kills the agent with -9 in mid-call."),
+    attack: bool = typer.Option(False, "--attack", help="A wrong Host, a stolen handle, a foreign uid: all refused."),
+    keep: bool = typer.Option(False, "--keep", help="Leaves it running and prints lines to paste."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object a line; the last has the measurements."),
+) -> None:
+    """The whole story in one command: embedded identity, issuer and tools, the real sidecar, and a small agent."""
+    configure("error", "console")
+    raise typer.Exit(uvloop.run(_demo(crash, attack, keep, as_json)))
+
+
+async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool) -> int:
+    async with Stage() as stage:
+        clock = stage.app.clock
+        story = Story(as_json, clock, clock.monotonic())
+        ready = await stage.app.svids.wait_ready(10)
+        story.tell("identity", f"SVID for {AGENT_ID} fetched from the Workload API", ready)
+        await _main_story(stage, story)
+        if crash:
+            await _crash(stage, story)
+        if attack:
+            await _attacks(stage, story)
+        story.facts["ok"] = story.ok
+        if as_json:
+            print(json.dumps(story.facts), flush=True)
+        else:
+            print(f"\n{'All of it happened.' if story.ok else 'Something did NOT happen; see FAIL above.'}", flush=True)
+        if keep:
+            await _keep(stage)
+        return 0 if story.ok else 1
+
+
+@asynccontextmanager
+async def _held(stage: Stage, trace_id: str = "") -> AsyncIterator[tuple[pb.OpenResponse, Any]]:
+    """A workflow held open as an agent's client does it; ends with the channel."""
+    async with grpc.aio.insecure_channel(f"unix:{stage.agent_socket}") as channel:
+        stream = workflows_pb2_grpc.WorkflowsStub(channel).Hold()  # type: ignore[no-untyped-call]
+        await stream.write(pb.HoldRequest(open=pb.OpenRequest(name="demo", trace_id=trace_id, listener=True)))
+        yield (await stream.read()).opened, stream
+
+
+async def _main_story(stage: Stage, story: Story) -> None:
+    async with _held(stage, _TRACE) as (opened, stream):
+        story.tell("workflow", f"{opened.workflow.id} opened; its own listener is {opened.proxy_url}")
+        answers = await _agent(stage, opened, story)
+        tokens = [
+            tool.authorized[-1].removeprefix("Bearer ") for tool in (stage.search, stage.reports) if tool.authorized
+        ]
+        _side_by_side(story, answers, tokens)
+        before = _active(stage, tokens)
+        story.tell("proof", f"introspection before the close: active: {str(before).lower()}", before)
+        story.facts["introspection_before"] = before
+        await stream.write(pb.HoldRequest(close=True))
+        report = (await stream.read()).closed
+    _tell_end(story, report, "closed", 2)
+    await _prove(stage, story, tokens)
+
+
+async def _agent(stage: Stage, opened: pb.OpenResponse, story: Story) -> list[dict[str, Any]]:
+    """Runs the agent program through the workflow's listener: no code of ours in it."""
+    urls = [f"https://{tool.host}:{tool.port}/v1/items" for tool in (stage.search, stage.reports)]
+    process, directory = await _spawn(stage, opened, urls)
+    out, _ = await process.communicate()
+    directory.cleanup()
+    answers = [json.loads(line) for line in out.decode().splitlines()]
+    good = process.returncode == 0 and [a["status"] for a in answers] == [200, 200]
+    story.tell("calls", "decided by policy, credentials exchanged, injected; both tools answered 200", good)
+    return answers
+
+
+async def _spawn(
+    stage: Stage, opened: pb.OpenResponse, arguments: list[str]
+) -> tuple[asyncio.subprocess.Process, tempfile.TemporaryDirectory[str]]:
+    directory = tempfile.TemporaryDirectory(prefix="spanlock-demo-agent-")
+    bundle = environment.write_bundle(Path(directory.name), opened.ca_pem)
+    variables = environment.build(os.environ, opened.proxy_url, bundle, f"00-{_TRACE}-b7ad6b7169203331-01", None)
+    variables["DEMO_STREAM"] = f"https://{stage.search.host}:{stage.search.port}/stream"
+    program = Path(__file__).parents[1] / "demo" / "agent.py"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(program), *arguments, env=variables, stdout=asyncio.subprocess.PIPE
+    )
+    return process, directory
+
+
+def _side_by_side(story: Story, answers: list[dict[str, Any]], tokens: list[str]) -> None:
+    for answer, token in zip(answers, tokens, strict=False):
+        sent = answer.get("sent", {})
+        clean = not any("auth" in name.lower() for name in sent)
+        seen = answer["got"].get("saw", "")
+        story.tell(
+            "injected",
+            f"agent sent no credential | {answer['got'].get('tool')} saw {seen}",
+            clean and seen == masked(token),
+        )
+
+
+def _active(stage: Stage, tokens: list[str]) -> bool:
+    """The issuer's own word, by the same look-up before and after."""
+    return bool(tokens) and all(stage.issuer.active(token) is not None for token in tokens)
+
+
+async def _crash(stage: Stage, story: Story) -> None:
+    """The holder of a workflow is killed with -9 in mid-stream: nobody says goodbye, and it dies all the same."""
+    stream = f"https://{stage.search.host}:{stage.search.port}/stream"
+    variables = {**os.environ, "SPANLOCK_SOCKET": str(stage.agent_socket), "DEMO_STREAM": stream}
+    program = Path(__file__).parents[1] / "demo" / "agent.py"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "exec", "--", sys.executable, str(program), "--forever",
+        env=variables, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    first = await process.stdout.readline() if process.stdout is not None else b""
+    workflow = next(w for w in stage.app.registry.remembered("demo") if w.is_open)
+    token = stage.search.authorized[-1].removeprefix("Bearer ")
+    story.tell("crash", f"{workflow.id}: the agent streams; its process is killed with -9 now", bool(first))
+    process.kill()
+    await process.wait()
+    while workflow.is_open:
+        await stage.app.clock.sleep(0.001)
+    report = convert.close_report(await stage.app.registry.close(workflow, CloseReason.CLOSED))
+    _tell_end(story, report, "holder_gone", 1)
+    story.tell("proof", "the crashed agent's token at the issuer: active: false", stage.issuer.active(token) is None)
+    while stage.search.streams:
+        await stage.app.clock.sleep(0.001)
+    story.tell("cut", "the stream that carried it is cut at the tool")
+
+
+def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: int) -> None:
+    dropped = report.dropped_after.ToNanoseconds() / 1e6
+    revoked = report.revoked_after.ToNanoseconds() / 1e6
+    story.facts |= {"close_to_dropped_ms": dropped, "close_to_revoked_ms": revoked, "reason": report.reason}
+    story.tell(
+        "closed",
+        f"span closed ({report.reason}); everything dropped here after {dropped:.3f} ms",
+        report.reason == reason,
+    )
+    for end in report.leases:
+        residual = f"may be accepted there for {end.residual.seconds} s more" if end.residual.seconds else "dead there"
+        text = f"{end.tool}: {end.at_issuer} at the issuer; at the tool ({end.token_check}): {residual}"
+        story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=end.residual.seconds)
+    story.tell(
+        "revoked",
+        f"the issuer has confirmed {len(report.leases)} credentials after {revoked:.1f} ms",
+        len(report.leases) == 2,
+    )
+
+
+async def _prove(stage: Stage, story: Story, tokens: list[str]) -> None:
+    after = _active(stage, tokens)
+    story.tell("proof", f"introspection after the close, same look-up: active: {str(after).lower()}", not after)
+    replayed = [
+        await tool.accepts(f"Bearer {token}") for tool, token in zip((stage.search, stage.reports), tokens, strict=True)
+    ]
+    status = 401 if replayed[0] is None else 200
+    story.facts |= {"introspection_active": after, "replay_status": status}
+    story.tell("replay", f"the same token at the introspecting tool: {status}", status == 401)
+    story.tell(
+        "replay",
+        "the same token at the offline tool: still 200 until it expires; that is what offline checks mean",
+        replayed[1] is not None,
+    )
+
+
+async def _attacks(stage: Stage, story: Story) -> None:
+    """What a hostile agent tries; each must be refused with its reason."""
+    async with _held(stage) as (opened, stream):
+        mint = stage.issuer.minted
+        port = int(opened.proxy_url.rpartition(":")[2])
+        target = f"{stage.search.host}:{stage.search.port}"
+        answer = await _raw(port, f"GET http://{target}/ HTTP/1.1\r\nHost: evil.test\r\n\r\n")
+        story.tell("attack", "a Host that is not the destination: refused", b"authority_mismatch" in answer)
+        stolen = opened.handle
+        await stream.write(pb.HoldRequest(close=True))
+        await stream.read()
+        explicit = int(stage.app.addresses["explicit"].rpartition(":")[2])
+        answer = await _raw(
+            explicit, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Bearer {stolen}\r\n\r\n"
+        )
+        story.tell("attack", "a stolen handle of a closed workflow: 407", answer.startswith(b"HTTP/1.1 407"))
+        story.tell("attack", "a foreign uid: refused", _foreign_uid_refused(stage))
+        story.tell("attack", "no credential was minted for any of it", stage.issuer.minted == mint)
+
+
+def _foreign_uid_refused(stage: Stage) -> bool:
+    """The lookup that every connection goes through, with a uid that no declared agent has."""
+    try:
+        caller: Caller = stage.app.callers.by_uid(os.getuid() + 4242)
+    except CallerError as error:
+        return error.reason is Reason.UNKNOWN_CALLER
+    return not caller.agents
+
+
+async def _raw(port: int, request: str) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request.encode())
+    answer = await reader.read(65536)
+    writer.close()
+    return answer
+
+
+async def _keep(stage: Stage) -> None:
+    """Leaves everything running until Ctrl-C."""
+    ca = stage.dir / "sidecar-ca.pem"
+    ca.write_text(stage.app.plane.ca.pem)
+    reverse = stage.app.addresses["reverse"]
+    print(f"\nRunning; Ctrl-C ends it. In another shell:\n\n  export SPANLOCK_RUN_DIR={stage.dir}/run")
+    print(f"  spanlock exec -- curl -s https://{stage.search.host}:{stage.search.port}/v1/items")
+    print("  spanlock status; spanlock workflows; spanlock leases")
+    print(f"  # base URL for SDKs inside a workflow: http://{reverse}/search/   (CA: {ca})", flush=True)
+    await asyncio.Event().wait()

@@ -1,0 +1,46 @@
+"""The environment of a command run by `exec`: every runtime's proxy and trust variables, inherited ones overridden (N9)."""
+
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+_BUNDLES = (
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "PIP_CERT", "AWS_CA_BUNDLE",
+    "CARGO_HTTP_CAINFO", "DENO_CERT", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "NIX_SSL_CERT_FILE", "HTTPLIB2_CA_CERTS",
+)  # fmt: skip
+"""Variables that replace a runtime's trust store: they get the system's roots and ours."""
+_DROPPED = ("ALL_PROXY", "all_proxy", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "GRPC_ENABLE_FORK_SUPPORT")
+
+
+def write_bundle(directory: Path, ca_pem: str) -> Path:
+    """The system's roots with our CA behind them; also `ca.pem`, our CA alone, for runtimes that add."""
+    system = (
+        os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
+    )
+    try:
+        roots = Path(system).read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        roots = ""
+    (directory / "ca.pem").write_text(ca_pem)
+    bundle = directory / "bundle.pem"
+    bundle.write_text(roots.rstrip() + "\n" + ca_pem)
+    return bundle
+
+
+def build(
+    inherited: Mapping[str, str], proxy_url: str, bundle: Path, traceparent: str, otlp: str | None
+) -> dict[str, str]:
+    """`inherited` with ours on top. Nothing remote is ever excepted from the proxy."""
+    environment = {k: v for k, v in inherited.items() if k not in _DROPPED}
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        environment[name] = proxy_url
+    for name in _BUNDLES:
+        environment[name] = str(bundle)
+    environment["NODE_EXTRA_CA_CERTS"] = str(bundle.parent / "ca.pem")
+    environment["NODE_USE_ENV_PROXY"] = "1"
+    environment["TRACEPARENT"] = traceparent
+    if otlp is not None:
+        environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
+        environment["OTEL_EXPORTER_OTLP_PROTOCOL"] = "http/protobuf"
+    return environment

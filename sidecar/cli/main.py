@@ -1,0 +1,69 @@
+"""`spanlock`: finds the verb and loads only its file, so that the command starts fast."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from sidecar import __version__
+
+_VERBS = {
+    "demo": "The whole story in one command: embedded identity, issuer, tools, a real sidecar and an agent.",
+    "run": "The daemon.",
+    "exec": "Runs a command inside a workflow of its own; everything it was given dies when it ends.",
+    "check": "Validates configuration and policy; names the key and the fix.",
+    "status": "What works, what does not, since when, and what that means.",
+    "workflows": "Open and lately closed workflows.",
+    "leases": "Live leases.",
+    "revoke": "Drops and revokes by workflow, agent, tool, or everything.",
+    "explain": "What a reason means and what to do.",
+}
+
+
+class _Verbs(TyperGroup):
+    """Each verb is a module of this package with a function of its own name."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _VERBS:
+            return None
+        module = importlib.import_module(f"sidecar.cli.{cmd_name}")
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if cmd_name == "exec" else {}
+        app.command(cmd_name, help=module.__doc__, context_settings=settings)(module.command)
+        return typer.main.get_command(app)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+
+app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"spanlock {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Prints the version.", callback=_print_version, is_eager=True
+    ),
+) -> None:
+    """Credentials for AI agents that live exactly as long as the work they are for."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script."""
+    # Its fork handlers only log here: the children that we start exec at once.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="spanlock")

@@ -1,0 +1,54 @@
+"""The operator's side of the Admin service: one call, tables or JSON, and clear words when nobody answers."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from sidecar.wire.spanlock.v1 import admin_pb2_grpc
+
+SOCKET = typer.Option(None, "--socket", help="Operator socket. Default: SPANLOCK_RUN_DIR/operator/operator.sock.")
+JSON = typer.Option(False, "--json", help="One JSON object.")
+
+
+def call(socket: str | None, ask: Callable[[Any], Any]) -> Any:
+    """Calls the Admin service. Exits 1 with one line when the daemon does not answer or refuses."""
+    path = (
+        Path(socket) if socket else Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock")) / "operator/operator.sock"
+    )
+    with grpc.insecure_channel(f"unix:{path}") as channel:
+        try:
+            return ask(admin_pb2_grpc.AdminStub(channel))  # type: ignore[no-untyped-call]
+        except grpc.RpcError as error:
+            detail = error.details() if error.code() is not grpc.StatusCode.UNAVAILABLE else None
+            fix = f"no sidecar answers on {path}; start it with `spanlock run`, or set SPANLOCK_RUN_DIR"
+            print(f"spanlock: {detail or fix}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+
+def as_json(message: Message) -> str:
+    """The message as one line, every field present."""
+    return json.dumps(
+        MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    )
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as they must be."""
+    cells = [list(titles), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def when(stamp: Any) -> str:
+    """A timestamp for people; "-" when unset."""
+    return stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ") if stamp.seconds else "-"

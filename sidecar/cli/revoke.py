@@ -1,0 +1,31 @@
+"""Drops credentials here at once and revokes them at their issuers."""
+
+import sys
+
+import typer
+
+from sidecar.cli import operator
+from sidecar.wire.spanlock.v1 import admin_pb2 as pb
+
+
+def command(
+    workflow: str = typer.Option("", "--workflow", help="Of this workflow."),
+    agent: str = typer.Option("", "--agent", help="Of this agent."),
+    tool: str = typer.Option("", "--tool", help="For this tool."),
+    everything: bool = typer.Option(False, "--all", help="Every lease there is."),
+    reissue: bool = typer.Option(False, "--reissue", help="The next use gets a new credential; without it, none."),
+    socket: str = operator.SOCKET,
+    as_json: bool = operator.JSON,
+) -> None:
+    """Drops credentials here at once and revokes them at their issuers."""
+    if not (workflow or agent or tool or everything):
+        print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
+        raise typer.Exit(2)
+    request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
+    done = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
+    if as_json:
+        print(operator.as_json(done))
+    else:
+        rows = [(e.lease_id, e.tool, e.at_issuer, f"{e.residual.seconds} s", e.uses) for e in done.ends]
+        print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL AT MOST", "USES"), rows))
+    raise typer.Exit(1 if any(end.at_issuer == "failed" for end in done.ends) else 0)
