@@ -1,11 +1,10 @@
 """Every async test runs on uvloop, as the daemon does."""
 
 import asyncio
+import warnings
 
-import pytest
 import uvloop
 
-
-@pytest.fixture(scope="session")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())

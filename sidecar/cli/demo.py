@@ -193,7 +193,7 @@ def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: 
     story.tell(
         "revoked",
         f"the issuer has confirmed {len(report.leases)} credentials after {revoked:.1f} ms",
-        len(report.leases) == 2,
+        len(report.leases) == credentials,
     )
 
 

@@ -2,7 +2,6 @@
 ends. With -c FILE a sidecar is embedded when none runs. Exit status: the command's own; 125 Spanlock failed, 126 not
 executable, 127 not found."""
 
-import ctypes
 import json
 import os
 import queue
@@ -23,10 +22,25 @@ from sidecar.cli import environment
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
-_FAILED, _NOT_EXECUTABLE, _NOT_FOUND = 125, 126, 127
+_FAILED = 125
 _START_SECONDS = 15.0
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
+# Between fork and exec of a process with gRPC's threads nothing may run, so a fresh interpreter asks for the parent-death
+# signal (prctl(2) PR_SET_PDEATHSIG, kept over exec) and becomes the command: if we are killed, CMD is told by SIGTERM.
+_SHIM = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(125)
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except FileNotFoundError:
+    print(f"spanlock: {sys.argv[2]}: not found", file=sys.stderr)
+    sys.exit(127)
+except OSError as error:
+    print(f"spanlock: {sys.argv[2]}: {error.strerror}", file=sys.stderr)
+    sys.exit(126)
+"""
 
 
 class _Failure(Exception):
@@ -147,23 +161,8 @@ def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Po
 
 def _run(cmd: list[str], variables: dict[str, str]) -> int:
     """The command in a process group of its own, in the foreground of a terminal if there is one."""
-    libc = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        # Only async-signal-safe calls between fork and exec: a prctl and a comparison. If we are killed, CMD is told.
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    try:
-        child = subprocess.Popen(cmd, env=variables, process_group=0, preexec_fn=before_exec)
-    except FileNotFoundError:
-        print(f"spanlock: {cmd[0]}: not found", file=sys.stderr)
-        return _NOT_FOUND
-    except OSError as error:
-        print(f"spanlock: {cmd[0]}: {error.strerror}", file=sys.stderr)
-        return _NOT_EXECUTABLE
+    shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *cmd]
+    child = subprocess.Popen(shim, env=variables, process_group=0)
     with _Foreground(child.pid):
         for number in (*_FORWARDED, signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, lambda received, _: _signal_group(child.pid, received))

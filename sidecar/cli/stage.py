@@ -3,6 +3,7 @@
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -30,7 +31,7 @@ issuers: [{{name: demo-issuer, kind: token_exchange, issuer: "{issuer}", subject
 policy: {{files: [policy.cedar], environment: demo}}
 listeners: {{explicit: "127.0.0.1:0", reverse: "127.0.0.1:0"}}
 otlp: {{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}}
-health: "127.0.0.1:0"
+health: "127.0.0.1:{health}"
 limits: {{drain_seconds: 0.2}}
 audit: {{file: "{dir}/audit.jsonl"}}
 run_dir: "{dir}/run"
@@ -56,10 +57,22 @@ tools:
 {more}"""
 
 
+def _permit(tool: str) -> str:
+    return f'permit(principal, action, resource == Spanlock::Tool::"{tool}");\n'
+
+
 class Stage:
     """An async context: everything is up inside, and gone with its temporary directory after."""
 
-    def __init__(self, *, subject: str = "client_credentials", more: str = "", around: World | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        subject: str = "client_credentials",
+        more: str = "",
+        policy_for: Sequence[str] = (),
+        health: int = 0,
+        around: World | None = None,
+    ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="spanlock-demo-")
         self.dir = Path(self._temporary.name)
         self.pki = DemoPki()
@@ -70,6 +83,8 @@ class Stage:
         self._secrets = secret
         self._subject = subject
         self._more = more
+        self._policy_for = policy_for
+        self._health = health
         self._around = around
         self.search: DemoTool
         self.reports: DemoTool
@@ -94,7 +109,7 @@ class Stage:
     def write_files(self) -> None:
         """The configuration as files, so that `reload` and other commands read what runs."""
         (self.dir / "tools-ca.pem").write_text(self.pki.pem)
-        (self.dir / "policy.cedar").write_text(POLICY)
+        (self.dir / "policy.cedar").write_text(POLICY + "".join(_permit(tool) for tool in self._policy_for))
         for name, secret in self._secrets.items():
             path = self.dir / f"{name}.secret"
             path.touch(mode=0o600)
@@ -105,7 +120,7 @@ class Stage:
         """spanlock.yaml of this world."""
         return CONFIG.format(
             dir=self.dir, agent=AGENT_ID, uid=os.getuid(), issuer=self.issuer.issuer, subject=self._subject,
-            search_port=self.search.port, reports_port=self.reports.port, more=self._more.format(dir=self.dir),
+            health=self._health, search_port=self.search.port, reports_port=self.reports.port, more=self._more.format(dir=self.dir),
         )  # fmt: skip
 
     @property

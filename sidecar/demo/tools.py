@@ -1,6 +1,7 @@
 """Two demo tools over HTTPS: one asks the token service about each token, one checks signature and expiry by itself."""
 
 import asyncio
+import base64
 import hashlib
 import ssl
 import time
@@ -34,7 +35,7 @@ class DemoTool:
         self.streams = 0
         self._check = check
         self._issuer = issuer
-        self._auth = aiohttp.BasicAuth(*client)
+        self._auth = {"authorization": "Basic " + base64.b64encode(":".join(client).encode()).decode()}
         self._keys: KeySet | None = None
         self._session: aiohttp.ClientSession | None = None
         self._runner: web.AppRunner | None = None
@@ -63,7 +64,7 @@ class DemoTool:
             return None
         if self._check == "introspection":
             async with self._session.post(
-                f"{self._issuer}/introspect", data={"token": token}, auth=self._auth
+                f"{self._issuer}/introspect", data={"token": token}, headers=self._auth
             ) as answer:
                 claims: dict[str, Any] = await answer.json()
             return claims if claims.get("active") else None

@@ -146,8 +146,8 @@ class Lease:
     state: LeaseState = LeaseState.PENDING
     credential: Credential | None = None
     """None while pending and from the drop on."""
-    header: bytes = b""
-    """The rendered header value; emptied at the drop."""
+    header: bytes = field(default=b"", repr=False)
+    """The rendered header value; emptied at the drop. A secret: never printed."""
     epoch: int = 0
     """Raised at each renewal and re-issue."""
     uses: int = 0

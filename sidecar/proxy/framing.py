@@ -19,10 +19,11 @@ Kind = Literal["none", "sized", "chunked", "until_close"]
 class Framing:
     """The reader of one body. `feed` returns payload; `done` says that the body has ended."""
 
-    __slots__ = ("_expect", "_line", "done", "kind", "remaining")
+    __slots__ = ("_expect", "_line", "done", "kind", "length", "remaining")
 
     def __init__(self, kind: Kind, remaining: int = 0) -> None:
         self.kind: Kind = kind
+        self.length = remaining
         self.remaining = remaining
         self.done = kind == "none" or (kind == "sized" and remaining == 0)
         self._line = b""

