@@ -1,7 +1,10 @@
-"""Every async test runs on uvloop, as the daemon does."""
+"""Every async test runs on uvloop, as the daemon does; gRPC's fork handlers are off, since tests start processes."""
 
 import asyncio
+import os
 import warnings
+
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # before gRPC is imported: its handlers crash now and then in the child
 
 import uvloop
 

@@ -120,7 +120,8 @@ class Stage:
         """spanlock.yaml of this world."""
         return CONFIG.format(
             dir=self.dir, agent=AGENT_ID, uid=os.getuid(), issuer=self.issuer.issuer, subject=self._subject,
-            health=self._health, search_port=self.search.port, reports_port=self.reports.port, more=self._more.format(dir=self.dir),
+            health=self._health, search_port=self.search.port, reports_port=self.reports.port,
+            more=self._more.format(dir=self.dir),
         )  # fmt: skip
 
     @property

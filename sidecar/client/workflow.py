@@ -1,0 +1,151 @@
+"""`with workflow("nightly report") as work:` — everything that the sidecar leases inside dies when the block ends.
+
+The workflow is held open by a stream, so that a crash of this process closes it too. Works with `with` and `async with`.
+"""
+
+import asyncio
+import os
+import queue
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import grpc
+
+from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2, workflows_pb2_grpc
+
+_DEFAULT = "/run/spanlock/agent.sock"
+
+
+class SpanlockUnavailable(RuntimeError):
+    """No sidecar answers, or it refused; the text says what to do."""
+
+
+class WorkflowHold:
+    """An open workflow. `close` (or the end of the block) drops and revokes everything, and returns the report."""
+
+    def __init__(self, socket: str, request: workflows_pb2.OpenRequest) -> None:
+        self._socket = socket
+        self._request = request
+        self._requests: queue.SimpleQueue[workflows_pb2.HoldRequest | None] = queue.SimpleQueue()
+        self._channel: grpc.Channel | None = None
+        self._stream: Any = None
+        self._opened: workflows_pb2.OpenResponse | None = None
+        self.report: workflows_pb2.CloseResponse | None = None
+        """Set by the close: one `LeaseEnd` a credential."""
+
+    @property
+    def opened(self) -> workflows_pb2.OpenResponse:
+        """The sidecar's answer. Raises RuntimeError outside the block."""
+        if self._opened is None:
+            raise RuntimeError("the workflow is not open")
+        return self._opened
+
+    @property
+    def id(self) -> str:
+        """The workflow's public id."""
+        return self.opened.workflow.id
+
+    @property
+    def handle(self) -> str:
+        """The WorkflowHandle: a secret of this workflow; send it as x-spanlock-workflow or in a proxy URL."""
+        return self.opened.handle
+
+    @property
+    def proxy_url(self) -> str:
+        """The workflow's own listener."""
+        return self.opened.proxy_url
+
+    @property
+    def proxies(self) -> dict[str, str]:
+        """For `requests`: session.proxies = work.proxies."""
+        return {"http": self.proxy_url, "https": self.proxy_url}
+
+    @property
+    def ca_pem(self) -> str:
+        """The CA of intercepted connections, to trust beside others."""
+        return self.opened.ca_pem
+
+    def __repr__(self) -> str:
+        return f"WorkflowHold({self._opened.workflow.id if self._opened else 'not open'})"
+
+    def open(self) -> "WorkflowHold":
+        """Opens. Raises `SpanlockUnavailable`."""
+        self._channel = grpc.insecure_channel(f"unix:{self._socket}")
+        self._requests.put(workflows_pb2.HoldRequest(open=self._request))
+        self._stream = workflows_pb2_grpc.WorkflowsStub(self._channel).Hold(self._feed())  # type: ignore[no-untyped-call]
+        try:
+            self._opened = next(self._stream).opened
+        except grpc.RpcError as error:
+            self._channel.close()
+            fix = "is the sidecar running, and is SPANLOCK_SOCKET this agent's socket?"
+            raise SpanlockUnavailable(f"{self._socket}: {error.details()}; {fix}") from None
+        return self
+
+    def _feed(self) -> Iterator[workflows_pb2.HoldRequest]:
+        while (request := self._requests.get()) is not None:
+            yield request
+
+    def renew(self) -> None:
+        """Pushes the idle time back."""
+        self._requests.put(workflows_pb2.HoldRequest())
+
+    def exchange(
+        self, tool: str, scope: tuple[str, ...] = (), token_type: str = ""
+    ) -> token_exchange_pb2.ExchangeResponse:
+        """A CredentialHandle for `tool`, or its real token where export is allowed. Raises `SpanlockUnavailable`."""
+        request = token_exchange_pb2.ExchangeRequest(
+            workflow_id=self.id, tool=tool, scope=scope, requested_token_type=token_type
+        )
+        try:
+            stub = token_exchange_pb2_grpc.TokenExchangeStub(self._channel)  # type: ignore[no-untyped-call]
+            response: token_exchange_pb2.ExchangeResponse = stub.Exchange(request)
+        except grpc.RpcError as error:
+            raise SpanlockUnavailable(str(error.details())) from None
+        return response
+
+    def close(self) -> workflows_pb2.CloseResponse | None:
+        """Ends the workflow; the report, or None when the sidecar is gone."""
+        if self._opened is None or self._channel is None:
+            return self.report
+        self._requests.put(workflows_pb2.HoldRequest(close=True))
+        try:
+            for response in self._stream:
+                if response.HasField("closed"):
+                    self.report = response.closed
+        except grpc.RpcError:
+            self.report = None
+        self._requests.put(None)
+        self._channel.close()
+        self._opened = None
+        return self.report
+
+    def __enter__(self) -> "WorkflowHold":
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> "WorkflowHold":
+        return await asyncio.to_thread(self.open)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+
+def workflow(
+    name: str, *, socket: str | None = None, trace_id: str = "", root_span_id: str = "", subject_token: str = ""
+) -> WorkflowHold:
+    """A workflow for one piece of work: use it in a `with` or `async with` block.
+
+    `socket`: the agent's socket; default SPANLOCK_SOCKET. `trace_id` (32 hex digits) lets calls bind by traceparent, and
+    `root_span_id` names the span whose end in OTLP closes. `subject_token`: a user's token to exchange on behalf of.
+    """
+    request = workflows_pb2.OpenRequest(
+        name=name, trace_id=trace_id, root_span_id=root_span_id, subject_token=subject_token, listener=True
+    )
+    return WorkflowHold(socket or os.environ.get("SPANLOCK_SOCKET", _DEFAULT), request)

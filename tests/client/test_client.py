@@ -1,0 +1,65 @@
+"""The client library against the real sidecar, and what importing it pulls in."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+import requests
+from opentelemetry.sdk.trace import TracerProvider
+
+from sidecar.client.otel import SpanlockSpanProcessor
+from sidecar.client.workflow import SpanlockUnavailable, workflow
+from tests.stage import ready_stage, url
+
+
+def test_the_client_needs_wire_grpcio_and_protobuf_no_more() -> None:
+    script = (
+        "import sys; import sidecar.client.workflow;"
+        "ours={m for m in sys.modules if m.startswith('sidecar.') and not m.startswith(('sidecar.client','sidecar.wire'))};"
+        "foreign={m.split('.')[0] for m in sys.modules}"
+        "&{'pydantic','aiohttp','uvloop','structlog','typer','spiffe','cryptography','opentelemetry'};"
+        "assert not ours|foreign, ours|foreign"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+async def test_sync_with_requests() -> None:
+    async with ready_stage() as stage:
+
+        def work() -> object:
+            with workflow("report", socket=str(stage.agent_socket)) as held:
+                (stage.dir / "ca.pem").write_text(held.ca_pem)
+                session = requests.Session()
+                session.trust_env, session.verify = False, str(stage.dir / "ca.pem")
+                assert session.get(url(stage.search), proxies=held.proxies, timeout=10).status_code == 200
+                assert held.handle not in repr(held)
+            return held.report
+
+        report = await asyncio.to_thread(work)
+        assert [end.at_issuer for end in report.leases] == ["confirmed"]  # type: ignore[attr-defined]
+
+
+async def test_async() -> None:
+    async with ready_stage() as stage:
+        async with workflow("report", socket=str(stage.agent_socket)) as held:
+            assert stage.app.registry.get(held.id).name == "report"
+        assert held.report is not None and held.report.reason == "closed"
+
+
+def test_no_sidecar_is_said_with_the_fix() -> None:
+    with pytest.raises(SpanlockUnavailable, match="SPANLOCK_SOCKET"), workflow("x", socket="/nonexistent.sock"):
+        pass
+
+
+async def test_the_span_processor_opens_and_closes_with_the_root_span() -> None:
+    async with ready_stage() as stage:
+        provider = TracerProvider()
+        provider.add_span_processor(SpanlockSpanProcessor(socket=str(stage.agent_socket)))
+        tracer = provider.get_tracer("t")
+        root = await asyncio.to_thread(tracer.start_span, "work")
+        (noun,) = stage.app.registry.remembered("demo")
+        assert noun.trace_id == f"{root.get_span_context().trace_id:032x}"
+        gone = stage.app.registry.wait_closed(noun)
+        root.end()
+        await asyncio.wait_for(gone, 5)

@@ -1,0 +1,313 @@
+"""The broker with scripted neighbours and a clock turned by hand: every order of issue, renewal, withdrawal and close."""
+
+import asyncio
+import random
+
+import pytest
+
+from sidecar.credentials.broker import Broker
+from sidecar.credentials.config import CredentialsConfig
+from sidecar.credentials.renewer import Renewer
+from sidecar.errors import AnswerLost, CallerError, Denied, IdentityError, IssuerError, Reason
+from sidecar.model.audit import LeaseRecord
+from sidecar.model.lease import Credential, IssuerOutcome, LeaseState, RevocationRecord, TokenCheck
+from sidecar.model.policy import Action, Permit, Question
+from sidecar.model.tool import Authority, Tool
+from sidecar.model.workflow import CloseReason, Workflow, WorkflowState
+from sidecar.secret import Secret
+from sidecar.tasks import Background
+from tests.fakes.clock import FakeClock
+
+TOOL = Tool(
+    name="t",
+    scheme="https",
+    authority=Authority("t.test", 443),
+    issuer="i",
+    scopes=("a",),
+    token_check=TokenCheck.INTROSPECTION,
+)
+INF = float("inf")
+
+
+def permit(scopes: tuple[str, ...] = ("a",), ttl: float = INF) -> Permit:
+    return Permit(Question("agent", Action.HTTP_REQUEST, "t"), scopes, ttl, ("p",), 1)
+
+
+class World:
+    """Scripted SvidSource, LeaseDecider and Exchanger in one, with the broker between them."""
+
+    issuer = "i"
+
+    def __init__(self, **config: float) -> None:
+        self.clock = FakeClock()
+        self.failures: list[tuple[str, BaseException]] = []
+        self.background = Background(lambda name, error: self.failures.append((name, error)))
+        self.events: list[LeaseRecord] = []
+        self.dropped: list[str] = []
+        self.gate: asyncio.Event | None = None
+        self.error: Exception | None = None
+        self.identity = True
+        self.permitted = True
+        self.life = 100.0
+        self.minted: list[str] = []
+        self.alive: set[str] = set()
+        self.revoke_error: Exception | None = None
+        self.can_look = True
+        self.broker = Broker(
+            clock=self.clock, rng=random.Random(1), svids=self, exchangers={"i": self}, decider=self,
+            config=CredentialsConfig(**config), background=self.background, on_event=self.events.append,
+            on_drop=lambda workflow, lease: self.dropped.append(lease.id),
+        )  # fmt: skip
+        self.workflow = Workflow("wf_1", "agent", "w", Secret("h"), 0.0, INF, INF)
+
+    def require_identity(self, agent: str) -> None:
+        if not self.identity:
+            raise IdentityError(Reason.NO_IDENTITY, "gone")
+
+    async def jwt_svid(self, agent: str, audience: str) -> Secret:
+        return Secret("svid")
+
+    def decide_lease(self, action: Action, workflow: Workflow, tool: Tool, scopes: tuple[str, ...]) -> Permit:
+        if not self.permitted:
+            raise Denied(Reason.POLICY_DENIED, "no")
+        return permit(scopes)
+
+    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        token = f"token-{len(self.minted)}"
+        self.minted.append(token)
+        self.alive.add(token)
+        now = self.clock.now()
+        record = RevocationRecord("i", tool.name, Secret(token), now + self.life, workflow.agent)
+        return Credential(Secret(token), now, now + self.life, (record,), scopes)
+
+    async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:
+        return record.token.reveal() in self.alive if self.can_look else False
+
+    async def revoke(self, record: RevocationRecord) -> IssuerOutcome:
+        if self.revoke_error is not None:
+            raise self.revoke_error
+        self.alive.discard(record.token.reveal())
+        return IssuerOutcome.ACKNOWLEDGED
+
+    async def aclose(self) -> None: ...
+
+    def close(self) -> "asyncio.Task[object]":
+        self.workflow.state = WorkflowState.CLOSING
+        self.workflow.close_reason = CloseReason.CLOSED
+        return self.broker.close_workflow(self.workflow)  # type: ignore[return-value]
+
+    async def lease(self, **kwargs: object):  # type: ignore[no-untyped-def]
+        return await self.broker.lease(self.workflow, TOOL, permit(**kwargs))  # type: ignore[arg-type]
+
+
+async def spin() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_close_confirms_with_the_positive_control() -> None:
+    world = World()
+    lease = await world.lease()
+    assert world.broker.use(lease, world.workflow) == b"Bearer token-0"
+    report = await world.close()
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.CONFIRMED] and report.ends[0].residual_seconds == 0
+    assert not world.alive and lease.header == b"" and lease.credential is None
+    with pytest.raises(CallerError):
+        world.broker.use(lease, world.workflow)
+
+
+async def test_confirmed_is_never_written_without_the_positive_control() -> None:
+    world = World()
+    world.can_look = False  # this issuer says inactive to whoever asks
+    await world.lease()
+    report = await world.close()
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.ACKNOWLEDGED]
+
+
+async def test_a_close_during_the_exchange_revokes_what_arrives_and_never_uses_it() -> None:
+    world = World()
+    world.gate = asyncio.Event()
+    waiting = asyncio.create_task(world.lease())
+    await spin()
+    closing = world.close()
+    world.gate.set()
+    report = await closing
+    with pytest.raises(CallerError):
+        await waiting
+    assert world.minted == ["token-0"] and not world.alive
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.CONFIRMED]
+
+
+async def test_many_callers_share_one_exchange_and_one_that_leaves_cancels_nobody() -> None:
+    world = World()
+    world.gate = asyncio.Event()
+    callers = [asyncio.create_task(world.lease()) for _ in range(5)]
+    await spin()
+    callers[0].cancel()
+    world.gate.set()
+    leases = await asyncio.gather(*callers, return_exceptions=True)
+    assert isinstance(leases[0], asyncio.CancelledError)
+    assert len({lease.id for lease in leases[1:]}) == 1 and len(world.minted) == 1
+
+
+async def test_other_scopes_are_another_lease() -> None:
+    world = World()
+    first, second = await world.lease(scopes=("a",)), await world.lease(scopes=("b",))
+    assert first is not second and first.key != second.key
+
+
+async def test_an_answer_never_seen_is_reported_as_mint_unknown() -> None:
+    world = World()
+    world.error = AnswerLost(Reason.ISSUER_UNAVAILABLE, "lost")
+    with pytest.raises(IssuerError):
+        await world.lease()
+    report = await world.close()
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.MINT_UNKNOWN]
+    assert report.ends[0].residual_seconds == TOOL.max_ttl
+
+
+async def test_a_refused_exchange_leaves_nothing_behind() -> None:
+    world = World()
+    world.error = IssuerError(Reason.ISSUER_REFUSED, "no")
+    with pytest.raises(IssuerError):
+        await world.lease()
+    assert world.broker.live_count == 0
+    assert (await world.close()).ends == ()
+
+
+async def test_renewal_swaps_and_the_old_token_is_revoked() -> None:
+    world = World()
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    await world.clock.advance(71)
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert lease.epoch == 2 and world.broker.use(lease, world.workflow) == b"Bearer token-1"
+    await world.clock.advance(6)
+    await spin()
+    assert world.alive == {"token-1"}
+    report = await world.close()
+    assert not world.alive and [e.at_issuer for e in report.ends] == [IssuerOutcome.CONFIRMED]
+
+
+async def test_an_unused_lease_is_not_renewed_and_ends_with_its_time() -> None:
+    world = World()
+    lease = await world.lease()
+    renewer = Renewer(world.broker, world.clock)
+    await world.clock.advance(80)
+    renewer.tick()
+    await world.clock.advance(30)
+    renewer.tick()
+    await spin()
+    assert len(world.minted) == 1 and lease.state is LeaseState.GONE
+
+
+async def test_a_failed_renewal_is_stale_and_serves_until_expiry() -> None:
+    world = World()
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    world.error = IssuerError(Reason.ISSUER_UNAVAILABLE, "down")
+    await world.clock.advance(71)
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert lease.state is LeaseState.STALE and world.broker.use(lease, world.workflow)
+    await world.clock.advance(28)
+    with pytest.raises(CallerError):
+        world.broker.use(lease, world.workflow)
+
+
+async def test_a_close_during_a_renewal_revokes_both_tokens() -> None:
+    world = World()
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    await world.clock.advance(71)
+    world.gate = asyncio.Event()
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    closing = world.close()
+    world.gate.set()
+    report = await closing
+    assert len(world.minted) == 2 and not world.alive
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.CONFIRMED]
+
+
+async def test_policy_that_changed_its_mind_withdraws_at_renewal() -> None:
+    world = World()
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    world.permitted = False
+    await world.clock.advance(71)
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert lease.state is LeaseState.GONE and not world.alive
+
+
+async def test_a_revocation_that_fails_is_failed_at_the_deadline_and_goes_on_until_it_works() -> None:
+    world = World(revoke_deadline=5.0)
+    await world.lease()
+    world.revoke_error = IssuerError(Reason.ISSUER_UNAVAILABLE, "down")
+    closing = world.close()
+    await world.clock.advance(6, sleepers=2)
+    report = await closing
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.FAILED] and report.ends[0].residual_seconds > 80
+    assert world.broker.revoker.backlog == 1
+    world.revoke_error = None
+    await world.clock.advance(30)
+    await spin()
+    assert world.broker.revoker.backlog == 0 and not world.alive
+    assert world.events[-1].outcome == IssuerOutcome.CONFIRMED
+
+
+async def test_a_wall_clock_jump_makes_no_expired_credential_usable() -> None:
+    world = World()
+    lease = await world.lease()
+    world.clock.jump_wall(200)
+    with pytest.raises(CallerError):
+        world.broker.use(lease, world.workflow)
+
+
+async def test_no_identity_no_injection() -> None:
+    world = World()
+    lease = await world.lease()
+    world.identity = False
+    with pytest.raises(IdentityError):
+        world.broker.use(lease, world.workflow)
+
+
+async def test_uses_are_capped_across_leases() -> None:
+    world = World()
+    capped = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i", scopes=("a",), max_uses=2)
+    lease = await world.broker.lease(world.workflow, capped, permit())
+    world.broker.use(lease, world.workflow)
+    await world.broker.withdraw(tool="t", reissue=True)
+    lease = await world.broker.lease(world.workflow, capped, permit())
+    world.broker.use(lease, world.workflow)
+    with pytest.raises(CallerError) as caught:
+        world.broker.use(lease, world.workflow)
+    assert caught.value.reason is Reason.USES_EXHAUSTED
+
+
+async def test_handles_die_with_their_lease_and_are_bound_to_caller_and_tool() -> None:
+    world = World()
+    lease, handle = await world.broker.exchange(world.workflow, TOOL, permit())
+    assert world.broker.resolve_handle(handle, frozenset({"agent"}), "t") is lease
+    for agents, tool in ((frozenset({"other"}), "t"), (frozenset({"agent"}), "u")):
+        with pytest.raises(CallerError):
+            world.broker.resolve_handle(handle, agents, tool)
+    end = await world.broker.release("agent", handle=handle)
+    assert end.at_issuer is IssuerOutcome.CONFIRMED
+    with pytest.raises(CallerError):
+        world.broker.resolve_handle(handle, frozenset({"agent"}), "t")
+
+
+async def test_a_thousand_workflows_close_without_touching_each_other() -> None:
+    world = World()
+    await world.lease()
+    other = Workflow("wf_2", "agent", "w", Secret("h2"), 0.0, INF, INF)
+    kept = await world.broker.lease(other, TOOL, permit())
+    await world.close()
+    assert world.broker.use(kept, other) == b"Bearer token-1"
