@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-real parts check bench proto proto-check clean
+.PHONY: help demo test test-real parts check proto proto-check clean
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -19,7 +19,7 @@ demo: $(STAMP)   ## the main job in one command, on the embedded identity and to
 test: $(STAMP)   ## everything that needs only Python
 	$(BIN)/pytest $(ARGS)
 
-parts: $(STAMP)  ## installs the real servers (SPIRE, Keycloak, Node) into a cache outside the tree
+parts: $(STAMP)  ## installs the real servers (SPIRE, Keycloak) into a cache outside the tree
 	bash tests/real/parts.sh
 
 test-real: parts ## the main job on real SPIRE and Keycloak; fails, not skips, when one is missing
@@ -30,9 +30,6 @@ check: $(STAMP) proto-check ## ruff, mypy --strict, import-linter, generated cod
 	$(BIN)/ruff format --check sidecar tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-bench: $(STAMP)  ## the ratio table; BENCH_JSON=FILE writes it as JSON too
-	$(BIN)/python -m tests.bench $(if $(BENCH_JSON),--json $(BENCH_JSON))
 
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Isidecar/wire=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/spanlock/v1/*.proto
 proto: $(STAMP)  ## generates sidecar/wire from proto/

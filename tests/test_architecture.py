@@ -1,0 +1,55 @@
+"""The rules of the house that no linter knows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sidecar.control import rescue as grpc_rescue
+from sidecar.errors import EXPLANATIONS, Reason
+from sidecar.proxy import rescue as http_rescue
+
+ROOT = Path(__file__).parents[1] / "sidecar"
+REVEAL = {
+    "secret.py", "credentials/header.py", "credentials/exchangers/token_exchange.py", "credentials/exchangers/http.py",
+    "workflows/registry.py", "control/workflows_service.py", "control/token_exchange_service.py", "identity/source.py",
+}  # fmt: skip
+
+
+def sources() -> list[Path]:
+    return [path for path in ROOT.rglob("*.py") if "wire" not in path.parts]
+
+
+def written_in(pattern: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in sources() if re.search(pattern, path.read_text())}
+
+
+def test_reveal_is_called_in_a_few_named_files() -> None:
+    assert written_in(r"\breveal\(") == REVEAL
+
+
+def test_proofs_are_made_in_one_place() -> None:
+    assert written_in(r"(?<!class )\bPermit\(") == {"policy/decider.py"}
+    assert written_in(r"(?<!class )\bOutboundRequest\(") == {"proxy/inject.py"}
+
+
+def test_one_file_imports_httptools() -> None:
+    assert written_in(r"import httptools") == {"proxy/http1.py"}
+
+
+@pytest.mark.parametrize("table", [EXPLANATIONS, http_rescue.STATUS, grpc_rescue.CODE])
+def test_every_reason_has_its_row(table: dict[Reason, object]) -> None:
+    assert set(table) == set(Reason)
+
+
+def test_packages_hold_no_logic_in_init() -> None:
+    for path in ROOT.rglob("__init__.py"):
+        code = re.sub(r'^""".*?"""', "", path.read_text(), flags=re.S).strip()
+        assert code in ("", '__version__ = "0.1.0"'), path
+
+
+def test_the_architecture_page_names_every_package() -> None:
+    page = (ROOT / "__init__.py").read_text()
+    for path in ROOT.iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"    {path.name}/" in page, path.name
