@@ -1,0 +1,133 @@
+"""Life with a SPIRE agent: late, absent, restarted, rotating, forgetful. A real Workload API over a real socket."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from sidecar.clock import SystemClock
+from sidecar.demo.workload_api import DemoSpire
+from sidecar.errors import IdentityError, Reason
+from sidecar.identity.source import WorkloadSvids
+from sidecar.identity.workload_api import WorkloadApi
+from sidecar.model.caller import Agent
+from sidecar.tasks import Background
+
+ID = "spiffe://demo.spanlock.test/agent"
+
+
+class Hasty(SystemClock):
+    """The machine's clock, but back-off waits are cut short."""
+
+    offset = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.offset
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.02))
+
+
+@asynccontextmanager
+async def source(socket: Path) -> AsyncIterator[tuple[WorkloadSvids, Hasty]]:
+    clock = Hasty()
+    background = Background(lambda name, error: None)
+    svids = WorkloadSvids(
+        WorkloadApi(f"unix://{socket}"), [Agent("a", ID)], clock, random.Random(1), lambda agent: True, background
+    )
+    background.spawn(svids.run(), "run")
+    try:
+        yield svids, clock
+    finally:
+        await background.aclose()
+        await svids.aclose()
+
+
+async def until(condition) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(15):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_socket_that_appears_later(tmp_path: Path) -> None:
+    socket = tmp_path / "s.sock"
+    async with source(socket) as (svids, _):
+        with pytest.raises(IdentityError) as caught:
+            svids.require_identity("a")
+        assert caught.value.reason is Reason.SPIRE_UNAVAILABLE and not svids.ready
+        spire = DemoSpire([ID])
+        await spire.start(str(socket))
+        assert await svids.wait_ready(15)
+        await spire.stop()
+
+
+async def test_no_identity_issued_then_issued(tmp_path: Path) -> None:
+    spire = DemoSpire([])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        await until(lambda: "no identity issued" in svids.problem("a"))
+        await spire.update([ID])
+        assert await svids.wait_ready(15)
+    await spire.stop()
+
+
+async def test_an_entry_that_is_deleted_is_gone_at_once(tmp_path: Path) -> None:
+    spire = DemoSpire([ID, "spiffe://demo.spanlock.test/other"])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        assert await svids.wait_ready(15)
+        await svids.jwt_svid("a", "aud")
+        await spire.update(["spiffe://demo.spanlock.test/other"])
+        await until(lambda: not svids.ready)
+        with pytest.raises(IdentityError) as caught:
+            await svids.jwt_svid("a", "aud")
+        assert caught.value.reason is Reason.NO_IDENTITY
+    await spire.stop()
+
+
+async def test_an_agent_that_is_down_leaves_what_is_held_until_it_expires(tmp_path: Path) -> None:
+    spire = DemoSpire([ID])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, clock):
+        assert await svids.wait_ready(15)
+        held = await svids.jwt_svid("a", "aud")
+        await spire.stop()
+        await until(lambda: not svids.health()[0]["ok"])
+        svids.require_identity("a")
+        assert await svids.jwt_svid("a", "aud") == held
+        clock.offset = 7200
+        with pytest.raises(IdentityError) as caught:
+            svids.require_identity("a")
+        assert caught.value.reason is Reason.SVID_EXPIRED
+        clock.offset = 0
+        await spire.start(str(tmp_path / "s.sock"))
+        await until(lambda: svids.health()[0]["ok"])
+    await spire.stop()
+
+
+async def test_rotation_and_a_clean_end_of_the_stream(tmp_path: Path) -> None:
+    spire = DemoSpire([ID])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        assert await svids.wait_ready(15)
+        await spire.update()
+        await until(lambda: spire.minted >= 2)
+        await spire.end_streams()
+        await until(lambda: spire.minted >= 3)
+        await until(lambda: svids.health()[0]["ok"])
+        assert svids.ready
+    await spire.stop()
+
+
+async def test_jwt_svids_are_fetched_once_and_cached(tmp_path: Path) -> None:
+    spire = DemoSpire([ID])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        assert await svids.wait_ready(15)
+        tokens = await asyncio.gather(*(svids.jwt_svid("a", "aud") for _ in range(5)))
+        assert all(token == tokens[0] for token in tokens) and "eyJ" not in repr(tokens)
+        assert await svids.jwt_svid("a", "other") != tokens[0]
+    await spire.stop()

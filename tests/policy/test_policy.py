@@ -1,0 +1,102 @@
+"""Default deny, any error denies, most restrictive obligations win, and the memo is exact."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.errors import ConfigError, Denied, Reason
+from sidecar.model.caller import Agent
+from sidecar.model.tool import Authority, Tool
+from sidecar.policy.decider import Decider
+from sidecar.policy.load import parse_policy
+
+TOOL = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i", scopes=("a", "b", "c"))
+AGENTS = {"x": Agent("x", "spiffe://td/x"), "y": Agent("y", "spiffe://td/y")}
+
+
+def decider(text: str) -> Decider:
+    return Decider(parse_policy(text, "test"), AGENTS, {"t": TOOL})
+
+
+def test_nothing_permits_nothing() -> None:
+    with pytest.raises(Denied) as caught:
+        decider('permit(principal == Spanlock::Agent::"y", action, resource);').decide_request(
+            "x", "w", TOOL, "GET", "/"
+        )
+    assert caught.value.reason is Reason.POLICY_DENIED
+
+
+def test_the_most_restrictive_obligations_win() -> None:
+    permit = decider(
+        '@id("p") @ttl("300") @scopes("a b") permit(principal, action, resource);'
+        '@id("q") @ttl("60") @scopes("b c") permit(principal, action, resource);'
+    ).decide_request("x", "w", TOOL, "GET", "/")
+    assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q"))
+
+
+def test_no_scope_in_common_denies() -> None:
+    with pytest.raises(Denied):
+        decider(
+            '@scopes("a") permit(principal, action, resource); @scopes("b") permit(principal, action, resource);'
+        ).decide_request("x", "w", TOOL, "GET", "/")
+
+
+def test_a_policy_that_errs_beside_a_permit_denies() -> None:
+    text = (
+        "permit(principal, action, resource);"
+        'forbid(principal, action == Spanlock::Action::"http.request", resource) '
+        'when { decimal(context.path).greaterThan(decimal("1.0")) };'
+    )
+    with pytest.raises((Denied, ConfigError)) as caught:
+        decider(text).decide_request("x", "w", TOOL, "GET", "/")
+    assert caught.value.reason in (Reason.POLICY_ERROR, Reason.POLICY_INVALID)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['@tll("1") permit(principal, action, resource);', '@ttl("-1") permit(principal, action, resource);',
+     '@ttl("x") permit(principal, action, resource);', '@scopes("") permit(principal, action, resource);',
+     '@approval("required") permit(principal, action, resource);', '@ttl("1") forbid(principal, action, resource);',
+     "permit(principal, action, resource) when { context.nonsense };", 'permit(principal == Foo::"x", action, resource);', "nonsense"],
+)  # fmt: skip
+def test_bad_policies_are_refused_with_a_reason(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(text, "test")
+    assert caught.value.reason is Reason.POLICY_INVALID
+
+
+RULES = (
+    'permit(principal == Spanlock::Agent::"x", action == Spanlock::Action::"http.request", resource) when { context.path like "/v1/*" };'
+    '@ttl("30") permit(principal, action == Spanlock::Action::"http.request", resource) when { context.method == "GET" };'
+    'forbid(principal, action == Spanlock::Action::"http.request", resource) when { context.workflow == "bad" };'
+)
+SHARED = decider(RULES)
+
+
+@given(
+    st.sampled_from("xy"),
+    st.sampled_from(["w", "bad"]),
+    st.sampled_from(["GET", "POST"]),
+    st.sampled_from(["/", "/v1/a", "/v2"]),
+)
+def test_the_memo_answers_what_a_fresh_decision_answers(agent: str, workflow: str, method: str, path: str) -> None:
+    def ask(of: Decider) -> object:
+        try:
+            permit = of.decide_request(agent, workflow, TOOL, method, path)
+            return permit.scopes, permit.ttl, permit.policy_ids
+        except Denied as denied:
+            return denied.reason, denied.detail
+
+    first, again = ask(SHARED), ask(SHARED)
+    assert first == again == ask(decider(RULES))
+
+
+def test_a_reload_cuts_the_memo() -> None:
+    chosen = decider("permit(principal, action, resource);")
+    before = chosen.decide_request("x", "w", TOOL, "GET", "/")
+    chosen.replace(
+        parse_policy('permit(principal == Spanlock::Agent::"y", action, resource);', "test"), AGENTS, {"t": TOOL}
+    )
+    with pytest.raises(Denied):
+        chosen.decide_request("x", "w", TOOL, "GET", "/")
+    assert chosen.epoch > before.epoch
