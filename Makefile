@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-real parts check proto proto-check clean
+.PHONY: help demo test test-real parts check bench proto proto-check clean
 help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
@@ -30,6 +30,9 @@ check: $(STAMP) proto-check ## ruff, mypy --strict, import-linter, generated cod
 	$(BIN)/ruff format --check sidecar tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: $(STAMP)  ## the ratio table against HAProxy and Go; BENCH_JSON=FILE writes it as JSON too
+	$(BIN)/python -m tests.bench $(if $(BENCH_JSON),--json $(BENCH_JSON))
 
 PROTOC = $(BIN)/python -m grpc_tools.protoc -Isidecar/wire=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) proto/spanlock/v1/*.proto
 proto: $(STAMP)  ## generates sidecar/wire from proto/
