@@ -57,6 +57,7 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._refusal: SpanlockError | None = None
         self._chunked_reply = False
+        self._held = b""
         self._intercepting = False
         self._paused = False
 
@@ -251,12 +252,20 @@ class Connection(asyncio.Protocol):
         if self._chunked_reply:
             parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        self._write(b"".join(parts))
+        self._held = b"".join(parts)
 
     def relay(self, payload: bytes) -> None:
-        self._write(chunk(payload) if self._chunked_reply else payload)
+        held, self._held = self._held, b""
+        self._write(held + (chunk(payload) if self._chunked_reply else payload))
+
+    def flush(self) -> None:
+        """The head goes out alone when its body did not come with it: one write for both costs half as much."""
+        if self._held:
+            held, self._held = self._held, b""
+            self._write(held)
 
     def end_reply(self) -> None:
+        self.flush()
         if self._chunked_reply:
             self._write(LAST_CHUNK)
 

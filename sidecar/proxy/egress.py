@@ -8,6 +8,7 @@ nothing hides in them. The registries are those of `ipaddress` (IANA special-pur
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from sidecar.errors import Reason, UpstreamError
@@ -100,6 +101,7 @@ def _is_literal(host: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine by its own word: a loopback literal or `localhost`."""
     return host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)

@@ -39,6 +39,7 @@ class Downstream(Protocol):
 
     def reply(self, head: ResponseHead, keep_alive: bool) -> None: ...
     def relay(self, payload: bytes) -> None: ...
+    def flush(self) -> None: ...
     def end_reply(self) -> None: ...
     def send_continue(self) -> None: ...
     def reject(self, error: SpanlockError, keep_alive: bool) -> int: ...
@@ -185,6 +186,8 @@ class Flow(Driven):
         for payload in self._early:  # a promoted flow wakes one step later than its bytes come
             self.downstream.relay(payload)
         self._early.clear()
+        if self._task is not None:
+            self.downstream.flush()
         while not upstream.complete:
             if upstream.error is not None:
                 raise upstream.error
@@ -203,6 +206,10 @@ class Flow(Driven):
             self.downstream.relay(payload)
         else:
             self._early.append(payload)
+
+    def flush(self) -> None:
+        """The upstream's read has been relayed."""
+        self.downstream.flush()
 
     def request_body(self, payload: bytes, complete: bool) -> None:
         """A piece of the request's body (from the downstream)."""

@@ -22,6 +22,10 @@ class Carried(Protocol):
         """A piece of the response's body."""
         ...
 
+    def flush(self) -> None:
+        """What came in this read has been relayed: nothing more will join the head in one write."""
+        ...
+
     def upstream_writable(self, writable: bool) -> None:
         """Whether the tool takes more of the request's body."""
         ...
@@ -163,6 +167,7 @@ class Upstream(asyncio.Protocol):
             flow.wake()
             if data and self.flow is flow:
                 self._body(flow, data)
+            flow.flush()
 
     def _body(self, flow: Carried, data: bytes) -> None:
         framing = self._framing

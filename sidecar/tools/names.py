@@ -4,6 +4,7 @@ Names are exact: no suffix or pattern is ever matched, so a look-alike is simply
 """
 
 import re
+from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from sidecar.errors import CallerError, Reason
@@ -22,6 +23,7 @@ def _refuse(what: str) -> CallerError:
     return CallerError(Reason.AUTHORITY_MISMATCH, what)
 
 
+@lru_cache(maxsize=4096)
 def parse_authority(text: str, default_port: int | None) -> Authority:
     """`host[:port]` as one normalised destination.
 
