@@ -492,6 +492,17 @@ async def test_l8_a_close_cuts_what_streams_and_the_residual_life_is_told() -> N
                 await asyncio.sleep(0.01)
 
 
+async def test_l1_an_empty_handle_is_a_bad_one_everywhere() -> None:
+    async with ready_stage(more="workflows: {{bind_only_open: true}}\n") as stage:
+        await opened(stage)
+        port = port_of(stage.app.addresses["reverse"])
+        for header in ("X-Spanlock-Workflow:", "Proxy-Authorization:", "Proxy-Authorization: Bearer "):
+            answer = await raw(
+                port, f"GET /search/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{header}\r\n\r\n".encode()
+            )
+            assert reason_of(answer) == "handle_invalid"
+
+
 # -- helpers -------------------------------------------------------------------------------------------------------------
 
 

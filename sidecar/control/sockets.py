@@ -47,13 +47,17 @@ class Socket:
         directory = self.path.parent
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            directory.chmod(0o700 if self._owner is None else 0o750)
+            if self._owner is None:
+                directory.chmod(0o700)
+            else:
+                directory.parent.chmod(0o755)
+                directory.chmod(0o755)
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
             self.path.unlink(missing_ok=True)
             self._server = self._build()
             await self._server.start()
-            self._protect(directory)
+            self._protect()
         except OSError as error:
             raise ConfigError(
                 Reason.CONFIG_INVALID,
@@ -70,12 +74,14 @@ class Socket:
         server.add_insecure_port(f"unix:{self.path}")
         return server
 
-    def _protect(self, directory: Path) -> None:
-        """0660 for an agent's socket, owned by the agent's uid when we may give it; 0600 for the operator's."""
+    def _protect(self) -> None:
+        """0660 for an agent's socket, owned by the agent's uid when we may give it; 0600 for the operator's.
+
+        The directory stays ours: an agent that could rename in it could lead this chown elsewhere.
+        """
         self.path.chmod(0o600 if self._owner is None else 0o660)
         if self._owner is not None and self._owner != os.getuid() and os.geteuid() == 0:
-            os.chown(directory, self._owner, -1)
-            os.chown(self.path, self._owner, -1)
+            os.chown(self.path, self._owner, -1, follow_symlinks=False)
 
     async def stop(self, grace: float) -> None:
         """Ends the server; calls under way get `grace` seconds."""

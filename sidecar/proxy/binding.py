@@ -39,13 +39,13 @@ def join(
     """The open workflow of this call, and the lease that a CredentialHandle stands for.
 
     Raises `CallerError` (handle_invalid, no_workflow, workflow_closed)."""
-    handle = handle_of(head.handle) or tunnel_handle
+    handle = handle_of(head.handle) if head.handle is not None else tunnel_handle
     authorization = head.authorization
     if authorization is None or authorization[: len(_CREDENTIAL_HANDLE)].lower() != _CREDENTIAL_HANDLE:
         return plane.registry.join(caller, handle, head.traceparent), None
     value = authorization[7:].strip().decode("latin-1")
     lease = plane.broker.resolve_handle(value, caller.agents, tool.name)
-    named = plane.registry.join(caller, handle, head.traceparent) if handle or caller.workflow else None
+    named = plane.registry.join(caller, handle, head.traceparent) if handle is not None or caller.workflow else None
     if named is not None and named.id != lease.key.workflow:
         raise CallerError(Reason.HANDLE_INVALID, "the credential handle belongs to another workflow")
     return named or plane.registry.get(lease.key.workflow), lease

@@ -32,7 +32,7 @@ def _text(raw: bytes) -> str:
 def connect(head: RequestHead, router: Router) -> tuple[Authority, Tool]:
     """CONNECT's authority and its tool. The port must be written; a Host header must agree."""
     authority = parse_authority(_text(head.target), None)
-    if head.host is not None and parse_authority(_text(head.host), authority.port) != authority:
+    if parse_authority(_text(head.host), authority.port) != authority:
         raise _mismatch("CONNECT and its Host header name two destinations")
     return authority, router.by_authority(authority, "https")
 
@@ -46,7 +46,7 @@ def intercepted(head: RequestHead, authority: Authority, tool: Tool) -> tuple[To
         absolute, target = _split_absolute(target, "https")
         if absolute != authority:
             raise _mismatch("the request line names another host than the tunnel")
-    if head.host is None or parse_authority(_text(head.host), 443) != authority:
+    if parse_authority(_text(head.host), 443) != authority:
         raise _mismatch(f"Host is not the tunnel's destination {authority}")
     return tool, target
 
@@ -54,7 +54,7 @@ def intercepted(head: RequestHead, authority: Authority, tool: Tool) -> tuple[To
 def absolute(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
     """A plain-http proxy request: the absolute form is the destination and Host must repeat it."""
     authority, target = _split_absolute(head.target, "http")
-    if head.host is None or parse_authority(_text(head.host), 80) != authority:
+    if parse_authority(_text(head.host), 80) != authority:
         raise _mismatch(f"Host is not the request line's destination {authority}")
     try:
         tool = router.by_authority(authority, "http")
@@ -74,7 +74,7 @@ def reverse(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
 
     Host must be loopback: a web page that rebinds its own name to 127.0.0.1 gets nothing (N6).
     """
-    if head.host is None or not is_loopback(parse_authority(_text(head.host), 80).host):
+    if not is_loopback(parse_authority(_text(head.host), 80).host):
         raise _mismatch("the base-URL listener is addressed by a loopback name only")
     name, slash, rest = head.target[1:].partition(b"/")
     name, query, parameters = name.partition(b"?")

@@ -29,12 +29,12 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 @dataclass(slots=True)
 class RequestHead:
-    """A request's head. `host` is the one Host field (None in HTTP/1.0 only)."""
+    """A request's head. `host` is the one Host field."""
 
     method: bytes
     target: bytes
     headers: Headers
-    host: bytes | None
+    host: bytes
     framing: Framing
     keep_alive: bool
     expects_continue: bool
@@ -105,9 +105,9 @@ def parse_request(head: bytes) -> RequestHead:
     line = head[: head.index(b"\r\n")].split(b" ")
     if len(line) != 3 or line[1] != fields.url or not _TOKEN.fullmatch(line[0]) or not _TARGET.fullmatch(line[1]):
         raise _malformed("the request line is not 'METHOD target HTTP/1.1'")
-    if line[2] not in (b"HTTP/1.1", b"HTTP/1.0"):
-        raise _malformed("only HTTP/1.1 and HTTP/1.0 are spoken here")
-    return _request(line[0], line[1], line[2] == b"HTTP/1.1", fields.headers)
+    if line[2] != b"HTTP/1.1" and (line[0], line[2]) != (b"CONNECT", b"HTTP/1.0"):
+        raise _malformed("only HTTP/1.1 is spoken here")
+    return _request(line[0], line[1], fields.headers)
 
 
 _SINGLETON_NAMES = frozenset(
@@ -116,7 +116,7 @@ _SINGLETON_NAMES = frozenset(
 )  # fmt: skip
 
 
-def _request(method: bytes, target: bytes, http11: bool, headers: Headers) -> RequestHead:
+def _request(method: bytes, target: bytes, headers: Headers) -> RequestHead:
     """Checks what the fields mean together."""
     seen: dict[bytes, list[bytes]] = {}
     for name, value in headers:
@@ -125,13 +125,17 @@ def _request(method: bytes, target: bytes, http11: bool, headers: Headers) -> Re
         if name in _SINGLETON_NAMES:
             seen.setdefault(name, []).append(value)
     host = _single(seen, b"host")
-    if host is None and http11:
+    if host is None and method == b"CONNECT":
+        host = target  # Python's http.client tunnels by HTTP/1.0, without a Host
+    if host is None:
         raise _malformed("HTTP/1.1 without a Host header")
     expect = _single(seen, b"expect")
     if expect is not None and expect.lower() != b"100-continue":
         raise _malformed("an expectation other than 100-continue")
     connection = b",".join(seen.get(b"connection", ())).lower()
-    handle = _single(seen, b"proxy-authorization") or _single(seen, b"x-spanlock-workflow")
+    handle = _single(seen, b"proxy-authorization")
+    if handle is None:
+        handle = _single(seen, b"x-spanlock-workflow")
     traces = seen.get(b"traceparent", ())
     authorizations = seen.get(b"authorization", ())
     return RequestHead(
@@ -139,9 +143,9 @@ def _request(method: bytes, target: bytes, http11: bool, headers: Headers) -> Re
         target=target,
         headers=headers,
         host=host,
-        framing=_request_framing(seen, http11),
-        keep_alive=(http11 and b"close" not in connection) or (not http11 and b"keep-alive" in connection),
-        expects_continue=expect is not None and http11,
+        framing=_request_framing(seen),
+        keep_alive=b"close" not in connection,
+        expects_continue=expect is not None,
         upgrades=b"upgrade" in seen or b"http2-settings" in seen,
         handle=handle,
         authorization=authorizations[0] if len(authorizations) == 1 else None,
@@ -158,11 +162,11 @@ def _single(seen: dict[bytes, list[bytes]], name: bytes) -> bytes | None:
     return values[0]
 
 
-def _request_framing(seen: dict[bytes, list[bytes]], http11: bool) -> Framing:
+def _request_framing(seen: dict[bytes, list[bytes]]) -> Framing:
     length, coding = _single(seen, b"content-length"), _single(seen, b"transfer-encoding")
     if coding is not None:
-        if length is not None or not http11 or coding.lower() != b"chunked":
-            raise _malformed("Transfer-Encoding must be exactly 'chunked', in HTTP/1.1, without Content-Length")
+        if length is not None or coding.lower() != b"chunked":
+            raise _malformed("Transfer-Encoding must be exactly 'chunked', without Content-Length")
         return Framing.chunked()
     if length is None:
         return Framing.none()

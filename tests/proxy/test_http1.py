@@ -59,6 +59,13 @@ def test_d1_malformed_heads_are_refused(name: str) -> None:
     assert caught.value.reason is Reason.MALFORMED_REQUEST
 
 
+def test_pythons_own_connect_is_read() -> None:
+    head = parse_request(b"CONNECT tool.test:443 HTTP/1.0\r\n\r\n")
+    assert (head.method, head.host) == (b"CONNECT", b"tool.test:443")
+    with pytest.raises(CallerError):
+        parse_request(b"GET / HTTP/1.0\r\nHost: tool.test\r\n\r\n")
+
+
 def test_a_plain_head_is_read() -> None:
     head = parse_request(
         b"POST /a?b=c HTTP/1.1\r\nHost: tool.test\r\nContent-Length: 5\r\nX-Y:  z \r\nExpect: 100-continue\r\n\r\n"
