@@ -136,7 +136,7 @@ class App:
         listeners = self.settings.listeners
         for mode, address in ((Mode.EXPLICIT, listeners.explicit), (Mode.REVERSE, listeners.reverse)):
             if address is not None:
-                self.addresses[mode.value] = await self.listeners.open(address, mode)
+                self.addresses[mode] = await self.listeners.open(address, mode)
         await self.otlp.start()
         if self.health is not None:
             await self.health.start()

@@ -58,7 +58,7 @@ LEASE_TABLE: dict[tuple[LeaseState, LeaseEvent], LeaseState] = {
     (_R, LeaseEvent.REVOKE_DONE): _G,
 }
 
-USABLE: frozenset[LeaseState] = frozenset({LeaseState.ACTIVE, LeaseState.STALE})
+USABLE = (LeaseState.ACTIVE, LeaseState.STALE)  # a tuple: looked through by identity, where a set would hash
 """The states in which the credential may be put on a request."""
 
 

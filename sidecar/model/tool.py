@@ -1,6 +1,6 @@
 """A tool: what the agent may want to use, and all that is fixed about reaching it. A route: the tool of one call."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 
 from sidecar.model.lease import TokenCheck
@@ -87,3 +87,14 @@ class Route:
     """Canonical path: policy sees exactly what is sent."""
     target: bytes
     """Path and query, byte for byte as sent upstream."""
+    opening: bytes = field(init=False, repr=False)
+    """What follows the method in the head that is sent: target, version, Host. Made once, as routes are remembered."""
+    replaced: frozenset[bytes] = field(init=False, repr=False)
+    """Names of the agent's headers that never go to this tool, lower case: ours, and the tool's `client_headers`."""
+
+    def __post_init__(self) -> None:
+        tool = self.tool
+        host = tool.authority.header(tool.scheme).encode()
+        object.__setattr__(self, "opening", b" %b HTTP/1.1\r\nhost: %b\r\n" % (self.target, host))
+        names = (tool.header, *tool.client_headers)
+        object.__setattr__(self, "replaced", frozenset(name.encode() for name in names))

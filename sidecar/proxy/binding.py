@@ -14,6 +14,7 @@ from sidecar.model.workflow import Workflow
 from sidecar.proxy.http1 import RequestHead
 from sidecar.proxy.plane import Plane
 
+_WORKFLOW_HANDLE = b"slw_"
 _CREDENTIAL_HANDLE = b"bearer slh_"
 
 
@@ -21,6 +22,8 @@ def handle_of(raw: bytes | None) -> str | None:
     """The handle in a Proxy-Authorization value (Basic: the password; Bearer: the token) or in x-spanlock-workflow."""
     if raw is None:
         return None
+    if raw.startswith(_WORKFLOW_HANDLE):
+        return raw.decode("latin-1")
     scheme, _, rest = raw.partition(b" ")
     if scheme.lower() == b"bearer":
         return rest.strip().decode("latin-1")

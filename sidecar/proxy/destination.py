@@ -3,7 +3,8 @@
 Three ways in, one rule: the destination is fixed before policy, and nothing that the agent writes can name a second one.
 """
 
-from enum import Enum
+from enum import StrEnum
+from functools import lru_cache
 
 from sidecar.errors import CallerError, Reason
 from sidecar.model.tool import Authority, Tool
@@ -13,7 +14,7 @@ from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
 
 
-class Mode(Enum):
+class Mode(StrEnum):
     """How a call came; in the audit record."""
 
     EXPLICIT = "explicit"
@@ -74,14 +75,19 @@ def reverse(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
 
     Host must be loopback: a web page that rebinds its own name to 127.0.0.1 gets nothing (N6).
     """
-    if not is_loopback(parse_authority(_text(head.host), 80).host):
+    if not _names_this_machine(head.host):
         raise _mismatch("the base-URL listener is addressed by a loopback name only")
     name, slash, rest = head.target[1:].partition(b"/")
     name, query, parameters = name.partition(b"?")
-    tool = router.by_name(_text(name))
+    tool = router.by_segment(name)
     if tool.scheme == "http" and not tool.allow_cleartext and not is_loopback(tool.authority.host):
         raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
     return tool, (b"/" + rest if slash else b"/" + query + parameters)
+
+
+@lru_cache(maxsize=1024)
+def _names_this_machine(host: bytes) -> bool:
+    return is_loopback(parse_authority(_text(host), 80).host)
 
 
 def _split_absolute(target: bytes, scheme: str) -> tuple[Authority, bytes]:

@@ -57,7 +57,6 @@ class Connection(asyncio.Protocol):
         self._buffer = b""
         self._refusal: SpanlockError | None = None
         self._chunked_reply = False
-        self._held = b""
         self._intercepting = False
         self._paused = False
 
@@ -220,7 +219,7 @@ class Connection(asyncio.Protocol):
         except (OSError, ValueError) as error:
             outer.abort()
             inner.connection_lost(None)
-            self.plane.record_refusal(self.caller, Mode.INTERCEPTED.value, 0, _handshake_refusal(error))
+            self.plane.record_refusal(self.caller, Mode.INTERCEPTED, 0, _handshake_refusal(error))
             return
         finally:
             self._connections.discard(self)
@@ -242,8 +241,8 @@ class Connection(asyncio.Protocol):
     def send_continue(self) -> None:
         self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def reply(self, head: ResponseHead, keep_alive: bool) -> None:
-        """The response's head, re-serialised; a body of unknown length is chunked anew."""
+    def reply(self, head: ResponseHead, keep_alive: bool, first: bytes) -> None:
+        """The response's head, re-serialised, with the `first` bytes of its body; one of unknown length is chunked anew."""
         self._chunked_reply = head.framing.kind in ("chunked", "until_close")
         parts = [b"HTTP/1.1 %d " % head.status, head.phrase, b"\r\n"]
         for name, value in head.headers:
@@ -252,20 +251,14 @@ class Connection(asyncio.Protocol):
         if self._chunked_reply:
             parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
-        self._held = b"".join(parts)
+        if first:
+            parts.append(chunk(first) if self._chunked_reply else first)
+        self._write(b"".join(parts))
 
     def relay(self, payload: bytes) -> None:
-        held, self._held = self._held, b""
-        self._write(held + (chunk(payload) if self._chunked_reply else payload))
-
-    def flush(self) -> None:
-        """The head goes out alone when its body did not come with it: one write for both costs half as much."""
-        if self._held:
-            held, self._held = self._held, b""
-            self._write(held)
+        self._write(chunk(payload) if self._chunked_reply else payload)
 
     def end_reply(self) -> None:
-        self.flush()
         if self._chunked_reply:
             self._write(LAST_CHUNK)
 
@@ -289,15 +282,14 @@ class Connection(asyncio.Protocol):
         if self.flow is None and self._transport is not None:
             self._transport.close()
 
-    def flow_ended(self, keep_alive: bool) -> None:
-        """The connection is free for the next request, or ends."""
+    def flow_ended(self, keep_alive: bool, now: float) -> None:
+        """The connection is free for the next request, or ends. `now`: monotonic seconds."""
         self.flow = None
         if self._transport is None:
             return
         if not keep_alive:
             self._transport.close()
             return
-        now = self.plane.clock.monotonic()
         self.deadline = now + self.plane.limits.keep_alive_seconds
         self.body_wanted(True)
         if self._buffer:
@@ -329,6 +321,6 @@ class Connection(asyncio.Protocol):
     def _reject(self, error: SpanlockError) -> None:
         """A refusal before any flow: answered, recorded, and the connection ends."""
         status = self.reject(error, keep_alive=False)
-        self.plane.record_refusal(self.caller, self.mode.value, status, error)
+        self.plane.record_refusal(self.caller, self.mode, status, error)
         if self._transport is not None:
             self._transport.close()

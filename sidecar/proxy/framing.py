@@ -30,10 +30,6 @@ class Framing:
         self._expect: Literal["size", "data", "crlf", "end"] = "size"
 
     @classmethod
-    def none(cls) -> "Framing":
-        return cls("none")
-
-    @classmethod
     def sized(cls, length: int) -> "Framing":
         return cls("sized", length)
 
@@ -92,6 +88,10 @@ class Framing:
         else:
             self._expect = "size"
         return data[end + 1 :]
+
+
+NO_BODY = Framing("none")
+"""Never changes, so all messages without a body share it."""
 
 
 def _broken() -> CallerError:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sidecar.model.tool import Route, Tool
+from sidecar.model.tool import Route
 from sidecar.proxy.http1 import RequestHead
 
 _HOP_BY_HOP = (
@@ -16,10 +16,11 @@ _CREDENTIALS = (
 )  # fmt: skip
 # What intermediaries tell each other: an agent has no say in it (L7), and baggage leaks to strangers.
 _FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"baggage", b"x-original-url", b"x-rewrite-url")
+_BODY_EXPECTED = frozenset((b"POST", b"PUT", b"PATCH"))
 _STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING)
 
 _kept: dict[bytes, bool] = {}
-"""Verdicts by name, bounded: names come from the agent."""
+"""Verdicts of `_keeps` by name, bounded: names come from the agent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +31,16 @@ class OutboundRequest:
 
 
 def _keeps(name: bytes) -> bool:
-    verdict = _kept.get(name)
-    if verdict is None:
-        # Some servers fold `_` into `-`: a variant of a stripped name is stripped as well (P8).
-        folded = name.replace(b"_", b"-").strip(b"-")
-        verdict = folded not in _STRIPPED and not folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
-        if len(_kept) < 4096:
-            _kept[name] = verdict
+    # Some servers fold `_` into `-`: a variant of a stripped name is stripped as well (P8).
+    folded = name.replace(b"_", b"-").strip(b"-")
+    verdict = folded not in _STRIPPED and not folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
+    if len(_kept) < 4096:
+        _kept[name] = verdict
     return verdict
 
 
-def _named_in_connection(head: RequestHead) -> frozenset[bytes]:
-    names: set[bytes] = set()
-    for name, value in head.headers:
-        if name == b"connection":
-            names.update(part.strip().lower() for part in value.split(b","))
-    return frozenset(names)
+def _named_by(connection: bytes) -> frozenset[bytes]:
+    return frozenset(part.strip().lower() for part in connection.split(b","))
 
 
 def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundRequest:
@@ -53,30 +48,20 @@ def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundReques
 
     Order matters: what `Connection` names is stripped before ours goes on, so it can never take ours off.
     """
-    tool = route.tool
-    ours = tool.header.encode()
-    dropped = _named_in_connection(head)
-    parts = [
-        head.method,
-        b" ",
-        route.target,
-        b" HTTP/1.1\r\nhost: ",
-        tool.authority.header(tool.scheme).encode(),
-        b"\r\n",
-    ]
+    replaced, kept = route.replaced, _kept
+    if head.connection is not None:
+        replaced |= _named_by(head.connection)
+    parts = [head.method, route.opening]
     for name, value in head.headers:
-        if _keeps(name) and name != ours and name not in dropped and not _client_header(tool, name):
+        keep = kept.get(name)
+        if (_keeps(name) if keep is None else keep) and name not in replaced:
             parts += (name, b": ", value, b"\r\n")
-    parts += (ours, b": ", credential, b"\r\n")
-    if head.framing.kind == "chunked":
-        parts.append(b"transfer-encoding: chunked\r\n")
-    elif head.framing.kind == "sized":
+    parts += (route.tool.header.encode(), b": ", credential, b"\r\n")
+    if head.framing.kind == "sized":
         parts.append(b"content-length: %d\r\n" % head.framing.length)
-    elif head.method in (b"POST", b"PUT", b"PATCH"):
+    elif head.framing.kind == "chunked":
+        parts.append(b"transfer-encoding: chunked\r\n")
+    elif head.method in _BODY_EXPECTED:
         parts.append(b"content-length: 0\r\n")
     parts.append(b"\r\n")
     return OutboundRequest(b"".join(parts))
-
-
-def _client_header(tool: Tool, name: bytes) -> bool:
-    return bool(tool.client_headers) and name.decode("latin-1") in tool.client_headers

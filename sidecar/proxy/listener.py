@@ -29,14 +29,12 @@ class Listeners:
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
         if not is_loopback(host):
-            raise ConfigError(
-                Reason.CONFIG_INVALID, f"listeners.{mode.value}: {address} is not loopback; use 127.0.0.1"
-            )
+            raise ConfigError(Reason.CONFIG_INVALID, f"listeners.{mode}: {address} is not loopback; use 127.0.0.1")
         try:
-            return await self._listen(f"{mode.value}", mode, host, int(port), None)
+            return await self._listen(mode, mode, host, int(port), None)
         except OSError as error:
             raise ConfigError(
-                Reason.CONFIG_INVALID, f"listeners.{mode.value}: cannot listen on {address}: {error.strerror}"
+                Reason.CONFIG_INVALID, f"listeners.{mode}: cannot listen on {address}: {error.strerror}"
             ) from None
 
     async def open_for(self, workflow: Workflow) -> str:

@@ -52,7 +52,7 @@ class Plane:
     def record_flow(self, record: FlowRecord, traceparent: bytes | None) -> None:
         """The one record of a flow: audit, metrics, the last refusals, and a span when the parent is sampled."""
         self.audit.flow(record)
-        self.flow_metric(record.tool)(record.outcome, record.duration_ms / 1000)
+        self.metrics.flow(record.tool, record.outcome, record.duration_ms / 1000)
         if record.outcome != "ok":
             self.denials.append((record.time, record.agent, record.tool, record.outcome, record.detail))
         if traceparent is not None and traceparent[-1:] in _SAMPLED:
@@ -69,12 +69,3 @@ class Plane:
             ),
             None,
         )  # fmt: skip
-
-    def flow_metric(self, tool: str) -> Callable[[str, float], None]:
-        """Bound metric children of a tool; tools are configured, so the cache is bounded."""
-        recorder = self._recorders.get(tool)
-        if recorder is None:
-            recorder = self._recorders[tool] = self.metrics.flow_recorder(tool)
-        return recorder
-
-    _recorders: dict[str, Callable[[str, float], None]] = field(default_factory=dict)

@@ -85,7 +85,13 @@ class Pool:
 
     async def dial(self, workflow: Workflow, tool: Tool) -> Upstream:
         """A new verified connection, in a task of its own (deadlines need one). Raises `UpstreamError`."""
-        return await self._background.spawn(self._dial(workflow.id, tool), f"dial {tool.name}")
+        dialled = self._background.spawn(self._dial(workflow.id, tool), f"dial {tool.name}")
+        try:
+            return await dialled
+        except asyncio.CancelledError:
+            if dialled.done() and not dialled.cancelled() and dialled.exception() is None:
+                dialled.result().abort()  # cut in the very step in which it came: nobody else would close it
+            raise
 
     async def _dial(self, workflow: str, tool: Tool) -> Upstream:
         try:

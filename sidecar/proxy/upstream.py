@@ -19,11 +19,7 @@ class Carried(Protocol):
         ...
 
     def relay(self, payload: bytes) -> None:
-        """A piece of the response's body."""
-        ...
-
-    def flush(self) -> None:
-        """What came in this read has been relayed: nothing more will join the head in one write."""
+        """A piece of the response's body. What comes in one read with the head is relayed before the `wake` for it."""
         ...
 
     def upstream_writable(self, writable: bool) -> None:
@@ -68,6 +64,8 @@ class Upstream(asyncio.Protocol):
                 self._head(flow, self._buffer + data if self._buffer else data)
             else:
                 self._body(flow, data)
+                if self.complete:
+                    flow.wake()
         except UpstreamError as error:
             self._fail(error)
         except CallerError:
@@ -161,13 +159,8 @@ class Upstream(asyncio.Protocol):
                 break
         self._buffer = b""
         self.response, self._framing = head, head.framing
-        if self._framing.done:
-            self._finish(flow, data)
-        else:
-            flow.wake()
-            if data and self.flow is flow:
-                self._body(flow, data)
-            flow.flush()
+        self._body(flow, data)
+        flow.wake()  # once for the head, its first bytes, and perhaps the end
 
     def _body(self, flow: Carried, data: bytes) -> None:
         framing = self._framing
@@ -178,13 +171,9 @@ class Upstream(asyncio.Protocol):
             self.bytes_in += len(payload)
             flow.relay(payload)
         if framing.done:
-            self._finish(flow, rest)
-
-    def _finish(self, flow: Carried, rest: bytes) -> None:
-        if rest and self.response is not None:
-            self.response.keep_alive = False
-        self.complete = True
-        flow.wake()
+            self.complete = True
+            if rest and self.response is not None:
+                self.response.keep_alive = False
 
     def _fail(self, error: SpanlockError) -> None:
         self.error = self.error or error

@@ -19,12 +19,20 @@ class Router:
     def __init__(self, tools: Iterable[Tool]) -> None:
         self.tools: tuple[Tool, ...] = tuple(tools)
         self._by_name = {tool.name: tool for tool in self.tools}
+        self._by_segment = {tool.name.encode(): tool for tool in self.tools}
         self._by_authority = {(tool.authority, tool.scheme): tool for tool in self.tools}
         self._memo: dict[tuple[str, bytes], Route] = {}
 
     def by_name(self, name: str) -> Tool:
         """Raises `CallerError` (unknown_tool)."""
         tool = self._by_name.get(name)
+        if tool is None:
+            raise CallerError(Reason.UNKNOWN_TOOL, "no tool of this name is configured")
+        return tool
+
+    def by_segment(self, segment: bytes) -> Tool:
+        """The tool that the first segment of a base URL names. Raises `CallerError` (unknown_tool)."""
+        tool = self._by_segment.get(segment)
         if tool is None:
             raise CallerError(Reason.UNKNOWN_TOOL, "the first path segment is not the name of a configured tool")
         return tool

@@ -166,16 +166,16 @@ class Registry:
             raise CallerError(Reason.HANDLE_INVALID, "the handle belongs to another workflow than this listener")
         return workflow
 
-    def enter(self, workflow: Workflow, flow: LiveFlow) -> None:
-        """Registers a call in flight, so that a close cuts it."""
+    def enter(self, workflow: Workflow, flow: LiveFlow, now: float) -> None:
+        """Registers a call in flight, so that a close cuts it. `now`: monotonic seconds."""
         workflow.flows.add(flow)
         workflow.flow_count += 1
-        workflow.last_used = self._clock.monotonic()
+        workflow.last_used = now
 
-    def leave(self, workflow: Workflow, flow: LiveFlow) -> None:
-        """The call has ended."""
+    def leave(self, workflow: Workflow, flow: LiveFlow, now: float) -> None:
+        """The call has ended. `now`: monotonic seconds."""
         workflow.flows.discard(flow)
-        workflow.last_used = self._clock.monotonic()
+        workflow.last_used = now
 
     def renew(self, workflow: Workflow) -> None:
         """Pushes the idle time back; never the maximum age."""
