@@ -6,6 +6,7 @@ end, close every workflow, revoke every lease, say what could not be revoked, cl
 
 import asyncio
 import ctypes
+import gc
 import os
 import random
 import resource
@@ -393,6 +394,13 @@ def harden() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def settle_garbage() -> None:
+    """What start-up left lives as long as we do: the collector need never look at it again, nor so often at what comes."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 async def serve(settings: Settings, path: Path) -> int:
     """Runs until SIGTERM or SIGINT; SIGHUP reloads. Returns the exit status: 0, or 1 when something was not revoked."""
     app = App(settings, path, world())
@@ -402,6 +410,7 @@ async def serve(settings: Settings, path: Path) -> int:
         loop.add_signal_handler(number, stopping.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: app.background.spawn(app.reload(), "reload"))
     await app.start()
+    settle_garbage()
     await stopping.wait()
     return 1 if await app.stop() else 0
 

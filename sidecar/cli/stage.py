@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Self
 
 from sidecar.app import App, World, world
 from sidecar.config.load import parse
@@ -61,17 +62,11 @@ def _permit(tool: str) -> str:
     return f'permit(principal, action, resource == Spanlock::Tool::"{tool}");\n'
 
 
-class Stage:
-    """An async context: everything is up inside, and gone with its temporary directory after."""
+class Servers:
+    """Identity, issuer and tools, and the files of a sidecar for them. An async context: gone with its directory after."""
 
     def __init__(
-        self,
-        *,
-        subject: str = "client_credentials",
-        more: str = "",
-        policy_for: Sequence[str] = (),
-        health: int = 0,
-        around: World | None = None,
+        self, *, subject: str = "client_credentials", more: str = "", policy_for: Sequence[str] = (), health: int = 0
     ) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="spanlock-demo-")
         self.dir = Path(self._temporary.name)
@@ -85,12 +80,10 @@ class Stage:
         self._more = more
         self._policy_for = policy_for
         self._health = health
-        self._around = around
         self.search: DemoTool
         self.reports: DemoTool
-        self.app: App
 
-    async def __aenter__(self) -> "Stage":
+    async def __aenter__(self) -> Self:
         await self.issuer.start()
         self.search = DemoTool(
             "search.tool.test", "introspection", self.issuer.issuer, ("tool-search", self._secrets["tool-search"])
@@ -102,12 +95,10 @@ class Stage:
             await tool.start(self.pki.server_context(tool.host))
         await self.spire.start(f"{self.dir}/spire.sock")
         self.write_files()
-        self.app = App(parse(self.config_text(), "demo"), self.dir / "spanlock.yaml", self._around or world())
-        await self.app.start()
         return self
 
     def write_files(self) -> None:
-        """The configuration as files, so that `reload` and other commands read what runs."""
+        """The configuration as files, so that `run`, `reload` and other commands read it."""
         (self.dir / "tools-ca.pem").write_text(self.pki.pem)
         (self.dir / "policy.cedar").write_text(POLICY + "".join(_permit(tool) for tool in self._policy_for))
         for name, secret in self._secrets.items():
@@ -137,9 +128,29 @@ class Stage:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.app.stop()
         await self.spire.stop()
         for tool in (self.search, self.reports):
             await tool.stop()
         await self.issuer.stop()
         self._temporary.cleanup()
+
+
+class Stage(Servers):
+    """The servers, and a real sidecar on them in this process. `options` are those of `Servers`."""
+
+    def __init__(self, *, around: World | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._around = around
+        self.app: App
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        self.app = App(parse(self.config_text(), "demo"), self.dir / "spanlock.yaml", self._around or world())
+        await self.app.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.app.stop()
+        await super().__aexit__(kind, error, trace)
