@@ -21,8 +21,9 @@ from sidecar.identity.peer import uid_of_peer
 from sidecar.model.caller import Agent
 from sidecar.model.tool import Authority, Route, Tool
 from sidecar.policy.config import PolicyConfig
+from sidecar.proxy import http1
 from sidecar.proxy.ca import CertificateAuthority
-from sidecar.proxy.http1 import parse_request
+from sidecar.proxy.http1 import Fields, RequestHead
 from sidecar.proxy.inject import inject
 from sidecar.secret import Secret
 from sidecar.tools.config import ToolConfig
@@ -140,6 +141,10 @@ async def test_h11_a_redirect_is_handed_back_and_never_followed() -> None:
 
 
 # -- P: handle and injection ---------------------------------------------------------------------------------------------
+
+
+def parse_request(head: bytes) -> RequestHead:
+    return http1.parse_request(head.removesuffix(b"\r\n\r\n"), Fields())
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "a\0b", "a\r b", "", " a", "a ", "ü", "a\x7f"])

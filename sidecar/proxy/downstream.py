@@ -16,7 +16,7 @@ from sidecar.proxy import binding, destination, rescue
 from sidecar.proxy.destination import Mode
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.framing import LAST_CHUNK, chunk
-from sidecar.proxy.http1 import MAX_HEAD, RequestHead, ResponseHead, parse_request
+from sidecar.proxy.http1 import MAX_HEAD, Fields, RequestHead, ResponseHead, parse_request
 from sidecar.proxy.plane import Plane
 
 MAX_AHEAD = 64 * 1024
@@ -50,6 +50,7 @@ class Connection(asyncio.Protocol):
         self.handle: str | None = None
         self.deadline = plane.clock.monotonic() + plane.limits.request_head_seconds
         self.flow: Flow | None = None
+        self._fields = Fields()
         self._connections = connections
         self._own_workflow = workflow
         self._joined: Workflow | None = None
@@ -125,7 +126,7 @@ class Connection(asyncio.Protocol):
                 raise self._refusal
             if data.startswith(_PREFACE):
                 raise CallerError(Reason.UPGRADE_REFUSED, "HTTP/2 without negotiation is refused")
-            head = parse_request(data[: end + 4])
+            head = parse_request(data[:end], self._fields)
             rest = data[end + 4 :]
             if head.method == b"CONNECT":
                 self._connect(head, rest)
@@ -245,9 +246,7 @@ class Connection(asyncio.Protocol):
         """The response's head, re-serialised, with the `first` bytes of its body; one of unknown length is chunked anew."""
         self._chunked_reply = head.framing.kind in ("chunked", "until_close")
         parts = [b"HTTP/1.1 %d " % head.status, head.phrase, b"\r\n"]
-        for name, value in head.headers:
-            if name not in _RESPONSE_DROPPED:
-                parts += (name, b": ", value, b"\r\n")
+        parts += [line for name, _, line in head.headers if name not in _RESPONSE_DROPPED]
         if self._chunked_reply:
             parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")

@@ -1,14 +1,13 @@
-"""HTTP/1.1 heads, strictly (RFC 9112). The only importer of httptools.
+"""HTTP/1.1 heads, strictly (RFC 9112): the RFC's own grammar, line by line, then what the fields mean together.
 
-llhttp lets through what two parsers may read differently (duplicate Host, Transfer-Encoding beside others, obs-fold in
-places, bare LF in lenient builds), so a head must first match the RFC's own grammar as a whole; then it is parsed, then its
-fields are checked together. Bodies are framed by `framing`; nothing of a head's raw bytes is ever forwarded.
+General parsers let through what two of them may read differently (duplicate Host, Transfer-Encoding beside others, folded
+lines, bare LF, space before a colon), so nothing is read here that the grammar does not have; a test reads what we accept with
+llhttp as well and compares. Bodies are framed by `framing`; nothing of a head's raw bytes is ever forwarded.
 """
 
 import re
 from dataclasses import dataclass
-
-import httptools
+from typing import NamedTuple
 
 from sidecar.errors import CallerError, Reason, UpstreamError
 from sidecar.proxy.framing import NO_BODY, Framing
@@ -17,15 +16,52 @@ MAX_HEAD = 64 * 1024
 """Bytes. Precedents: Go 1 MiB, Node 16 KiB, Envoy 60 KiB."""
 MAX_FIELDS = 128
 """Precedents: Apache and Envoy 100."""
+_REMEMBERED = 64
+"""Field lines that a connection may remember."""
 
-Headers = list[tuple[bytes, bytes]]
-"""Names in lower case, in the order received."""
-
-# Possessive throughout: a head of 64 KiB that does not match costs one pass, never a backtrack.
-_FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+)\r\n"
-_REQUEST = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++) ([\x21-\x7e]++) HTTP/1\.([01])\r\n" + _FIELDS)
-_RESPONSE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?\r\n" + _FIELDS)
+# Possessive throughout: 64 KiB that do not match cost one pass, never a backtrack.
+_REQUEST_LINE = re.compile(rb"([A-Z][A-Z\-]{0,31}) ([\x21-\x7e]++) HTTP/1\.([01])")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*+))?")
+_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]++):[ \t]*+([\t\x20-\x7e\x80-\xff]*+)")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
+
+
+class Field(NamedTuple):
+    """One header field."""
+
+    name: bytes
+    """Lower case."""
+    value: bytes
+    line: bytes
+    """The field as it is sent on: `name: value` and CRLF."""
+
+
+class Fields:
+    """Reads the field lines of one connection. The next head mostly repeats the last one's lines, and reading is pure, so a
+    line seen before costs a look-up. What is remembered is bounded, and dies with the connection."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Field] = {}
+
+    def read(self, lines: list[bytes]) -> list[Field] | None:
+        """The fields of these lines, without their CRLF; None when one is not a field by the grammar."""
+        known = self._known
+        fields: list[Field] = []
+        for line in lines:
+            field = known.get(line)
+            if field is None:
+                match = _FIELD_LINE.fullmatch(line)
+                if match is None:
+                    return None
+                name, value = match[1].lower(), match[2].rstrip(b" \t")
+                field = Field(name, value, b"%b: %b\r\n" % (name, value))
+                if len(known) >= _REMEMBERED:
+                    known.clear()
+                known[line] = field
+            fields.append(field)
+        return fields
 
 
 @dataclass(slots=True)
@@ -34,7 +70,7 @@ class RequestHead:
 
     method: bytes
     target: bytes
-    headers: Headers
+    headers: list[Field]
     host: bytes
     framing: Framing
     keep_alive: bool
@@ -53,25 +89,9 @@ class ResponseHead:
 
     status: int
     phrase: bytes
-    headers: Headers
+    headers: list[Field]
     framing: Framing
     keep_alive: bool
-
-
-class _Fields:
-    """httptools' callbacks."""
-
-    __slots__ = ("headers", "url")
-
-    def __init__(self) -> None:
-        self.headers: Headers = []
-        self.url = b""
-
-    def on_url(self, url: bytes) -> None:
-        self.url += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
 
 
 def _malformed(what: str) -> CallerError:
@@ -90,27 +110,19 @@ def _why_not(head: bytes) -> str:
     return "a first line or header field that RFC 9112 does not allow"
 
 
-def parse_request(head: bytes) -> RequestHead:
-    """The request whose head is exactly `head`. Raises `CallerError` (malformed_request)."""
-    match = _REQUEST.fullmatch(head)
-    if match is None:
+def parse_request(head: bytes, reader: Fields) -> RequestHead:
+    """The request whose head is `head`, up to its empty line. Raises `CallerError` (malformed_request)."""
+    first, *lines = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(first)
+    fields = reader.read(lines)
+    if match is None or fields is None:
         raise _malformed(_why_not(head))
-    fields = _Fields()
-    parser = httptools.HttpRequestParser(fields)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        pass
-    except (httptools.HttpParserError, httptools.HttpParserCallbackError):
-        raise _malformed("not a valid HTTP/1.1 request head") from None
-    method, target, minor, _ = match.groups()
-    if target != fields.url:
-        raise _malformed("the request line is not 'METHOD target HTTP/1.1'")
+    method, target, minor = match.groups()
     if minor != b"1" and method != b"CONNECT":
         raise _malformed("only HTTP/1.1 is spoken here")
-    if len(fields.headers) > MAX_FIELDS:
+    if len(fields) > MAX_FIELDS:
         raise _malformed(f"more than {MAX_FIELDS} header fields")
-    return _request(method, target, fields.headers)
+    return _request(method, target, fields)
 
 
 _MEANT = frozenset(
@@ -122,10 +134,10 @@ _LISTS = frozenset((b"connection", b"upgrade"))
 _VOID_IF_REPEATED = frozenset((b"authorization", b"traceparent"))
 
 
-def _request(method: bytes, target: bytes, headers: Headers) -> RequestHead:
+def _request(method: bytes, target: bytes, headers: list[Field]) -> RequestHead:
     """Checks what the fields mean together."""
     seen: dict[bytes, bytes] = {}
-    for name, value in headers:
+    for name, value, _ in headers:
         if name in _MEANT:
             seen[name] = _repeated(name, seen[name], value) if name in seen else value
     get = seen.get
@@ -180,23 +192,23 @@ def _bad_answer(what: str) -> UpstreamError:
     return UpstreamError(Reason.UPSTREAM_MALFORMED, f"the tool's answer has {what}")
 
 
-def parse_response(head: bytes, method: bytes) -> ResponseHead:
-    """The response to a `method` request whose head is exactly `head`. Raises `UpstreamError` (upstream_malformed)."""
-    match = _RESPONSE.fullmatch(head)
-    if match is None:
+def parse_response(head: bytes, method: bytes, reader: Fields) -> ResponseHead:
+    """The response to a `method` request whose head is `head`, up to its empty line.
+
+    Raises `UpstreamError` (upstream_malformed).
+    """
+    first, *lines = head.split(b"\r\n")
+    match = _STATUS_LINE.fullmatch(first)
+    fields = reader.read(lines)
+    if match is None or fields is None:
         raise _bad_answer(_why_not(head))
-    fields = _Fields()
-    parser = httptools.HttpResponseParser(fields)
-    try:
-        parser.feed_data(head)
-    except httptools.HttpParserUpgrade:
-        pass
-    except (httptools.HttpParserError, httptools.HttpParserCallbackError):
-        raise _bad_answer("a head that is not valid HTTP/1.1") from None
-    minor, status, phrase, _ = match.groups()
+    if len(fields) > MAX_FIELDS:
+        raise _bad_answer(f"more than {MAX_FIELDS} header fields")
+    minor, code, phrase = match.groups()
+    status = int(code)
     length = coding = None
     connection = b""
-    for name, value in fields.headers:
+    for name, value, _ in fields:
         if name == b"content-length":
             if length not in (None, value):
                 raise _bad_answer("two lengths")
@@ -205,10 +217,10 @@ def parse_response(head: bytes, method: bytes) -> ResponseHead:
             coding = value if coding is None else coding + b"," + value
         elif name == b"connection":
             connection += value.lower() + b","
-    framing = _response_framing(method, int(status), length, coding)
+    framing = _response_framing(method, status, length, coding)
     kept = b"close" not in connection if minor == b"1" else b"keep-alive" in connection
     keep_alive = kept and framing.kind != "until_close"
-    return ResponseHead(int(status), phrase or b"", fields.headers, framing, keep_alive)
+    return ResponseHead(status, phrase or b"", fields, framing, keep_alive)
 
 
 def _response_framing(method: bytes, status: int, length: bytes | None, coding: bytes | None) -> Framing:

@@ -52,10 +52,10 @@ def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundReques
     if head.connection is not None:
         replaced |= _named_by(head.connection)
     parts = [head.method, route.opening]
-    for name, value in head.headers:
+    for name, _, line in head.headers:
         keep = kept.get(name)
         if (_keeps(name) if keep is None else keep) and name not in replaced:
-            parts += (name, b": ", value, b"\r\n")
+            parts.append(line)
     parts += (route.tool.header.encode(), b": ", credential, b"\r\n")
     if head.framing.kind == "sized":
         parts.append(b"content-length: %d\r\n" % head.framing.length)

@@ -5,7 +5,7 @@ from typing import Protocol, cast
 
 from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
 from sidecar.proxy.framing import Framing
-from sidecar.proxy.http1 import MAX_HEAD, ResponseHead, parse_response
+from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
 
 
@@ -37,6 +37,7 @@ class Upstream(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.flow: Carried | None = None
         self.reused = False
+        self._fields = Fields()
         self._buffer = b""
         self._framing: Framing | None = None
         self.response: ResponseHead | None = None
@@ -147,12 +148,12 @@ class Upstream(asyncio.Protocol):
     def _head(self, flow: Carried, data: bytes) -> None:
         while True:
             end = data.find(b"\r\n\r\n")
-            if end < 0:
+            if end < 0 or end > MAX_HEAD:
                 if len(data) > MAX_HEAD:
                     raise UpstreamError(Reason.UPSTREAM_MALFORMED, "the head of the tool's answer is over 64 KiB")
                 self._buffer = data
                 return
-            head, data = parse_response(data[: end + 4], flow.method), data[end + 4 :]
+            head, data = parse_response(data[:end], flow.method, self._fields), data[end + 4 :]
             if head.status == 101:
                 raise UpstreamError(Reason.UPSTREAM_MALFORMED, "the tool switched protocols unasked")
             if head.status >= 200:
