@@ -142,7 +142,8 @@ class Broker:
 
     def _begin(self, workflow: Workflow, tool: Tool, permit: Permit) -> Held:
         """The pending lease of this key, or a new one whose exchange has begun."""
-        self._require_open(workflow)
+        if not workflow.is_open:
+            raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow is closed")
         if tool.name in self._barred.get(workflow.id, ()):
             raise CallerError(Reason.LEASE_GONE, f"an operator withdrew tool {tool.name} from this workflow")
         call = (workflow.id, tool.name, permit.scopes)
@@ -163,10 +164,6 @@ class Broker:
         ttl = min(permit.ttl, decided.ttl, tool.max_ttl)
         held.exchanging = self._background.spawn(self._issue(held, ttl), f"exchange {tool.name}")
         return held
-
-    def _require_open(self, workflow: Workflow) -> None:
-        if not workflow.is_open:
-            raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow is closed")
 
     async def _issue(self, held: Held, ttl: float) -> None:
         """The first exchange of a lease."""
@@ -248,7 +245,8 @@ class Broker:
 
         Raises `CallerError` (workflow_closed, lease_gone, uses_exhausted) or `IdentityError`.
         """
-        self._require_open(workflow)
+        if not workflow.is_open:
+            raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow is closed")
         credential = lease.credential
         if lease.state not in USABLE or credential is None or lease.key.workflow != workflow.id:
             raise CallerError(Reason.LEASE_GONE, "the lease was dropped before the request was written")
@@ -257,7 +255,8 @@ class Broker:
             raise CallerError(Reason.LEASE_GONE, "the credential has expired")
         self._svids.require_identity(workflow.agent)
         held = self._by_workflow[workflow.id][lease.id]
-        self._count_use(held)
+        if held.tool.max_uses:
+            self._count_use(held)
         lease.uses += 1
         lease.last_used = now
         held.used_since_issue = True
@@ -265,8 +264,6 @@ class Broker:
 
     def _count_use(self, held: Held) -> None:
         cap = held.tool.max_uses
-        if cap == 0:
-            return
         uses = self._uses.setdefault(held.workflow.id, {})
         used = uses.get(held.tool.name, 0)
         if used >= cap:

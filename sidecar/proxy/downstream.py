@@ -136,7 +136,7 @@ class Connection(asyncio.Protocol):
             self._reject(error)
             return
         self.flow = flow = Flow(self.plane, self, head)
-        if payload or head.framing.done:
+        if payload or not flow.body_complete:
             flow.request_body(payload, head.framing.done)
         if rest:
             self._buffer = rest

@@ -52,7 +52,7 @@ class Flow(Driven):
     """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
 
     __slots__ = (
-        "_early", "_keep_alive", "_pending", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method",
+        "_early", "_keep_alive", "_pending", "_silent_since", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method",
         "permit", "plane", "replied", "route", "started", "status", "touched", "upstream", "workflow",
     )  # fmt: skip
 
@@ -63,7 +63,9 @@ class Flow(Driven):
         self.head = head
         self.method = head.method
         self.started = plane.clock.monotonic()
-        self.touched = self.started
+        self.touched = True
+        """Bytes have come since the last sweep."""
+        self._silent_since = self.started
         self.workflow: Workflow | None = None
         self.route: Route | None = None
         self.permit: Permit | None = None
@@ -202,7 +204,7 @@ class Flow(Driven):
 
     def relay(self, payload: bytes) -> None:
         """A piece of the response's body (from the upstream)."""
-        self.touched = self.plane.clock.monotonic()
+        self.touched = True
         self.bytes_out += len(payload)
         if self.replied:
             self.downstream.relay(payload)
@@ -211,7 +213,7 @@ class Flow(Driven):
 
     def request_body(self, payload: bytes, complete: bool) -> None:
         """A piece of the request's body (from the downstream)."""
-        self.touched = self.plane.clock.monotonic()
+        self.touched = True
         self.body_complete = complete
         if payload:
             self._pending.append(payload)
@@ -235,9 +237,12 @@ class Flow(Driven):
         """Ends the flow when the tool keeps silent for longer than its time-outs allow (called once a second)."""
         if self.upstream is None or self.route is None or self.upstream.flow is not self:
             return
+        if self.touched:
+            self.touched, self._silent_since = False, now
+            return
         timeouts = self.route.tool.timeouts
         limit = timeouts.idle if self.replied else timeouts.response
-        if now - max(self.touched, self.started) > limit:
+        if now - self._silent_since > limit:
             self.fail(
                 UpstreamError(Reason.UPSTREAM_TIMEOUT, f"no byte from tool {self.route.tool.name} for {limit:g} s")
             )

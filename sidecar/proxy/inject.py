@@ -1,6 +1,6 @@
 """Theirs off, ours on: the head that goes to the tool. Pure, and the only maker of `OutboundRequest`."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sidecar.model.tool import Route
 from sidecar.proxy.http1 import RequestHead
@@ -23,8 +23,7 @@ _kept: dict[bytes, bool] = {}
 """Verdicts of `_keeps` by name, bounded: names come from the agent."""
 
 
-@dataclass(frozen=True, slots=True)
-class OutboundRequest:
+class OutboundRequest(NamedTuple):
     """A head with our credential on it. Only this can be sent to a tool."""
 
     head: bytes
