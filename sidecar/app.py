@@ -147,6 +147,8 @@ class App:
             self.decider,
             self.listeners.open_for,
             lambda: self.plane.ca.pem,
+            lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
+            self.svids.problem,
             self._accepting,
         )
         run_dir = Path(self.settings.run_dir)

@@ -373,7 +373,7 @@ def test_n9_nothing_is_excepted_from_the_proxy(tmp_path: Path) -> None:
         "KEEP": "1",
     }
     bundle = environment.write_bundle(tmp_path, "PEM")
-    built = environment.build(inherited, "http://127.0.0.1:1", bundle, "00-x", None)
+    built = environment.build(inherited, "http://127.0.0.1:1", bundle, "00-x", "")
     assert not {k for k in built if k.lower() in ("no_proxy", "all_proxy")} and built["KEEP"] == "1"
     assert {built[k] for k in built if k.lower() in ("http_proxy", "https_proxy")} == {"http://127.0.0.1:1"}
 

@@ -126,7 +126,7 @@ async def _spawn(
 ) -> tuple[asyncio.subprocess.Process, tempfile.TemporaryDirectory[str]]:
     directory = tempfile.TemporaryDirectory(prefix="spanlock-demo-agent-")
     bundle = environment.write_bundle(Path(directory.name), opened.ca_pem)
-    variables = environment.build(os.environ, opened.proxy_url, bundle, f"00-{_TRACE}-b7ad6b7169203331-01", None)
+    variables = environment.build(os.environ, opened.proxy_url, bundle, f"00-{_TRACE}-b7ad6b7169203331-01", "")
     variables["DEMO_STREAM"] = f"https://{stage.search.host}:{stage.search.port}/stream"
     program = Path(__file__).parents[1] / "demo" / "agent.py"
     process = await asyncio.create_subprocess_exec(

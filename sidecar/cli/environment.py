@@ -28,11 +28,12 @@ def write_bundle(directory: Path, ca_pem: str) -> Path:
     return bundle
 
 
-def build(
-    inherited: Mapping[str, str], proxy_url: str, bundle: Path, traceparent: str, otlp: str | None
-) -> dict[str, str]:
-    """`inherited` with ours on top. Nothing remote is ever excepted from the proxy."""
-    environment = {k: v for k, v in inherited.items() if k not in _DROPPED}
+def build(inherited: Mapping[str, str], proxy_url: str, bundle: Path, traceparent: str, otlp: str) -> dict[str, str]:
+    """`inherited` with ours on top. `otlp`: the sidecar's receiver (http://localhost:PORT), or empty.
+
+    Nothing but that receiver is ever excepted from the proxy.
+    """
+    environment = {k: v for k, v in inherited.items() if k not in _DROPPED and not k.startswith("OTEL_EXPORTER_OTLP_")}
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         environment[name] = proxy_url
     for name in _BUNDLES:
@@ -40,7 +41,8 @@ def build(
     environment["NODE_EXTRA_CA_CERTS"] = str(bundle.parent / "ca.pem")
     environment["NODE_USE_ENV_PROXY"] = "1"
     environment["TRACEPARENT"] = traceparent
-    if otlp is not None:
+    if otlp:
+        environment["NO_PROXY"] = environment["no_proxy"] = otlp.removeprefix("http://")
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp
         environment["OTEL_EXPORTER_OTLP_PROTOCOL"] = "http/protobuf"
     return environment

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
@@ -106,11 +107,16 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
                 sidecar, socket = _embed(config, agent, Path(private))
             if socket is None:
                 raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
+            _await_identity(socket)
             trace_id = secrets.token_hex(16)
             held = _Held(socket, name or Path(cmd[0]).name, trace_id)
             bundle = environment.write_bundle(Path(private), held.opened.ca_pem)
             variables = environment.build(
-                os.environ, held.opened.proxy_url, bundle, f"00-{trace_id}-{secrets.token_hex(8)}-01", None
+                os.environ,
+                held.opened.proxy_url,
+                bundle,
+                f"00-{trace_id}-{secrets.token_hex(8)}-01",
+                held.opened.otlp_endpoint,
             )
             variables["SPANLOCK_SOCKET"] = str(socket)
             variables["SPANLOCK_WORKFLOW"] = held.opened.workflow.id
@@ -143,10 +149,8 @@ def _socket_in(run_dir: Path, agent: str | None) -> Path | None:
 def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Popen[bytes], Path]:
     """A sidecar of our own, with a private run directory; its log goes where ours goes."""
     run_dir = private / "run"
-    variables = {**os.environ, "SPANLOCK_RUN_DIR": str(run_dir)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sidecar", "run", "-c", config], env=variables, stdout=subprocess.DEVNULL
-    )
+    words = [sys.executable, "-m", "sidecar", "run", "-c", config, "--embedded-in", str(run_dir)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + _START_SECONDS  # noqa: TID251 - a process of its own, waiting for another
     while time.monotonic() < deadline:  # noqa: TID251
         if process.poll() is not None:
@@ -157,6 +161,22 @@ def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Po
         time.sleep(0.02)
     process.terminate()
     raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
+
+
+def _await_identity(socket: Path) -> None:
+    """A command that started before its identity had come would be refused its first calls."""
+    deadline = time.monotonic() + _START_SECONDS  # noqa: TID251 - a process of its own, waiting for another
+    with grpc.insecure_channel(f"unix:{socket}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        try:
+            while check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING:
+                if time.monotonic() > deadline:  # noqa: TID251
+                    raise _Failure(
+                        f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why"
+                    )
+                time.sleep(0.02)
+        except grpc.RpcError as error:
+            raise _Failure(f"no sidecar answers on {socket}: {error.details()}") from None
 
 
 def _run(cmd: list[str], variables: dict[str, str]) -> int:

@@ -6,15 +6,18 @@ import typer
 import uvloop
 
 from sidecar import app
-from sidecar.config.load import find_config, load
+from sidecar.config.load import embedded, find_config, load
 from sidecar.errors import ConfigError
 
 
-def command(config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml.")) -> None:
+def command(
+    config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
+    embedded_in: str = typer.Option(None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."),
+) -> None:
     """Runs the sidecar until SIGTERM: the proxy, the agents' sockets, the operator's socket. SIGHUP reloads."""
     try:
         path = find_config(config)
-        settings = load(path)
+        settings = load(path) if embedded_in is None else embedded(load(path), embedded_in)
         app.configure_logging(settings)
         app.harden()
         status = uvloop.run(app.serve(settings, path))

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from sidecar.config.schema import Settings
 from sidecar.errors import ConfigError, Reason
+from sidecar.proxy.config import ListenersConfig
 
 _MAX_FILE = 1 << 20
 _DEFAULT = Path("/etc/spanlock/spanlock.yaml")
@@ -72,6 +73,19 @@ def parse(text: str, name: str) -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(Reason.CONFIG_INVALID, "\n".join(_line(problem) for problem in error.errors())) from None
+
+
+def embedded(settings: Settings, run_dir: str) -> Settings:
+    """The same for a sidecar of one command's own: sockets in `run_dir`, ports of its own, so that many run side by side."""
+    otlp = {door: "127.0.0.1:0" for door in ("grpc", "http") if getattr(settings.otlp, door) is not None}
+    return settings.model_copy(
+        update={
+            "run_dir": run_dir,
+            "health": None,
+            "listeners": ListenersConfig(explicit=None, reverse="127.0.0.1:0"),
+            "otlp": settings.otlp.model_copy(update=otlp),
+        }
+    )
 
 
 _FIXES = {

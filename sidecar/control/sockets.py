@@ -32,14 +32,35 @@ _MAX_MESSAGE = 64 * 1024
 _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
+    """grpc.health.v1: SERVING when calls on this socket can get credentials."""
+
+    def __init__(self, serving: Callable[[], bool]) -> None:
+        super().__init__()
+        self._serving = serving
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        status = health_pb2.HealthCheckResponse
+        await self.set("", status.SERVING if self._serving() else status.NOT_SERVING)
+        return await super().Check(request, context)
+
+
 class Socket:
     """One server on one socket. `start` listens, `stop` ends it and removes the file."""
 
-    def __init__(self, path: Path, services: tuple[str, ...], add: Callable[[Any], None], owner: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        services: tuple[str, ...],
+        add: Callable[[Any], None],
+        owner: int | None,
+        serving: Callable[[], bool],
+    ) -> None:
         self.path = path
         self._services = services
         self._add = add
         self._owner = owner
+        self._serving = serving
         self._server: Any = None
 
     async def start(self) -> None:
@@ -68,7 +89,7 @@ class Socket:
         options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)]
         server = grpc.aio.server(options=options, maximum_concurrent_rpcs=20_000)
         self._add(server)
-        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)  # type: ignore[attr-defined]
+        health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         server.add_insecure_port(f"unix:{self.path}")
@@ -98,7 +119,10 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
         service = TokenExchangeService(agent.name, doors, router)
         token_exchange_pb2_grpc.add_TokenExchangeServicer_to_server(service, server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent.uid)
+    def serving() -> bool:
+        return doors.accepting() and not doors.identity_problem(agent.name)
+
+    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent.uid, serving)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
@@ -107,7 +131,7 @@ def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None)
+    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)

@@ -32,6 +32,9 @@ class Doors:
     decider: Decider
     open_listener: Callable[[Workflow], Awaitable[str]]
     ca_pem: Callable[[], str]
+    otlp_endpoint: Callable[[], str]
+    identity_problem: Callable[[str], str]
+    """Why an agent has no identity now; empty: it has one."""
     accepting: Callable[[], bool]
 
 
@@ -76,6 +79,7 @@ class WorkflowsService(workflows_pb2_grpc.WorkflowsServicer):
             handle=workflow.handle.reveal(),
             proxy_url=proxy_url,
             ca_pem=doors.ca_pem(),
+            otlp_endpoint=doors.otlp_endpoint(),
         )
 
     @rescued_stream

@@ -52,8 +52,8 @@ class Flow(Driven):
     """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
 
     __slots__ = (
-        "_early", "_keep_alive", "_pending", "_silent_since", "body_complete", "bytes_out", "downstream", "error", "head", "lease", "method",
-        "permit", "plane", "replied", "route", "started", "status", "touched", "upstream", "workflow",
+        "_early", "_keep_alive", "_pending", "_silent_since", "body_complete", "bytes_out", "downstream", "error", "head",
+        "lease", "method", "permit", "plane", "replied", "route", "started", "status", "touched", "upstream", "workflow",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, downstream: Downstream, head: RequestHead) -> None:

@@ -29,16 +29,18 @@ class OpenRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., trace_id: _Optional[str] = ..., root_span_id: _Optional[str] = ..., max_age: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., idle: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., listener: _Optional[bool] = ..., subject_token: _Optional[str] = ...) -> None: ...
 
 class OpenResponse(_message.Message):
-    __slots__ = ("workflow", "handle", "proxy_url", "ca_pem")
+    __slots__ = ("workflow", "handle", "proxy_url", "ca_pem", "otlp_endpoint")
     WORKFLOW_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     PROXY_URL_FIELD_NUMBER: _ClassVar[int]
     CA_PEM_FIELD_NUMBER: _ClassVar[int]
+    OTLP_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
     workflow: Workflow
     handle: str
     proxy_url: str
     ca_pem: str
-    def __init__(self, workflow: _Optional[_Union[Workflow, _Mapping]] = ..., handle: _Optional[str] = ..., proxy_url: _Optional[str] = ..., ca_pem: _Optional[str] = ...) -> None: ...
+    otlp_endpoint: str
+    def __init__(self, workflow: _Optional[_Union[Workflow, _Mapping]] = ..., handle: _Optional[str] = ..., proxy_url: _Optional[str] = ..., ca_pem: _Optional[str] = ..., otlp_endpoint: _Optional[str] = ...) -> None: ...
 
 class HoldRequest(_message.Message):
     __slots__ = ("open", "close")

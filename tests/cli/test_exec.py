@@ -1,0 +1,175 @@
+"""`spanlock exec` as a user runs it: real commands, an embedded sidecar, unchanged clients, terminals, signals, deaths."""
+
+import asyncio
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.cli.stage import Servers, Stage
+from tests.cli import clients
+from tests.stage import ready_stage, url
+
+GIT = """\
+- {{{{name: git, url: "https://git.tool.test:{port}", address: 127.0.0.1, ca_file: "{{dir}}/tools-ca.pem", issuer: demo-issuer, audience: tool-search, scopes: ["search:read"]}}}}
+"""
+
+
+def words_of(*command: str, options: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-m", "sidecar", "exec", *options, "--", *command]
+
+
+def variables(stage: Servers | None = None, **more: str) -> dict[str, str]:
+    socket = {"SPANLOCK_SOCKET": str(stage.agent_socket)} if stage is not None else {}
+    return {**os.environ, **socket, **more}
+
+
+async def run(*words: str, env: dict[str, str]) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = await asyncio.wait_for(process.communicate(), 50)
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    async with ready_stage() as stage:
+        yield stage
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        ["curl", "-sS"], clients.python(clients.REQUESTS), clients.python(clients.HTTPX), clients.python(clients.AIOHTTP),
+        clients.python(clients.URLLIB),
+    ],
+    ids=["curl", "requests", "httpx", "aiohttp", "urllib"],
+)  # fmt: skip
+async def test_a_client_works_unchanged_and_sees_no_credential(stage: Stage, client: list[str]) -> None:
+    inherited = {"HTTPS_PROXY": "http://127.0.0.1:1", "https_proxy": "http://127.0.0.1:1", "NO_PROXY": "*"}
+    status, out, err = await run(*words_of(*client, url(stage.search)), env=variables(stage, **inherited))
+    assert status == 0, err
+    assert json.loads(out)["tool"] == "search.tool.test"
+    token = stage.search.authorized[-1].removeprefix("Bearer ")
+    assert token and token not in out + err
+    assert "1 confirmed dead" in err.splitlines()[-1]
+
+
+async def test_git_over_https_works_unchanged(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = clients.GitServer(clients.git_repository(tmp_path))
+    async with ready_stage(more=GIT.format(port=port), policy_for=("git",)) as stage:
+        await server.start(stage.pki.server_context("git.tool.test"), port)
+        try:
+            remote = f"https://git.tool.test:{port}/repo.git"
+            status, out, err = await run(*words_of("git", "ls-remote", remote), env=variables(stage))
+        finally:
+            await server.stop()
+    assert status == 0, err
+    assert "refs/heads/main" in out and server.credentials
+
+
+async def test_opentelemetry_configured_by_nothing_but_the_environment_reaches_the_sidecar(stage: Stage) -> None:
+    inherited = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_HEADERS": "x=y"}
+    status, out, err = await run(*words_of(*clients.python(clients.EXPORT_A_SPAN)), env=variables(stage, **inherited))
+    assert (status, out.strip()) == (0, "exported"), err
+
+
+async def test_a_sidecar_is_embedded_when_none_runs(tmp_path: Path) -> None:
+    async with Servers() as servers:
+        receipt = tmp_path / "receipt.json"
+        options = ("-c", str(servers.dir / "spanlock.yaml"), "--receipt", str(receipt))
+        env = variables(SPANLOCK_RUN_DIR=str(tmp_path / "nobody"))
+        env.pop("SPANLOCK_SOCKET", None)
+        status, out, err = await run(
+            *words_of("curl", "-sS", url(servers.search), options=options),
+            env=env,
+        )
+        assert status == 0, err
+        assert json.loads(out)["tool"] == "search.tool.test"
+    told = json.loads(receipt.read_text())
+    assert [end["at_issuer"] for end in told["credentials"]] == ["confirmed"] and told["reason"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("command", "status"), [(["false"], 1), (["sh", "-c", "exit 42"], 42), (["/nonexistent"], 127), (["/etc/passwd"], 126),
+                            (["sh", "-c", "kill -9 $$"], 137)]
+)  # fmt: skip
+async def test_the_exit_status_is_passed(stage: Stage, command: list[str], status: int) -> None:
+    assert (await run(*words_of(*command), env=variables(stage)))[0] == status
+
+
+async def test_signals_reach_the_whole_group(stage: Stage) -> None:
+    script = "trap 'echo told; exit 7' TERM; echo up; while :; do read -t 1 x < /dev/zero || :; done"
+    process = await asyncio.create_subprocess_exec(
+        *words_of("bash", "-c", script), env=variables(stage), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    process.terminate()
+    out, _ = await asyncio.wait_for(process.communicate(), 20)
+    assert (process.returncode, out) == (7, b"told\n")
+
+
+async def test_kill_9_of_exec_closes_the_workflow_and_tells_the_command(stage: Stage, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    script = f"trap 'echo told > {told}; exit' TERM; echo up; while :; do read -t 1 x < /dev/zero || :; done"
+    process = await asyncio.create_subprocess_exec(
+        *words_of("bash", "-c", script), env=variables(stage), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None and await process.stdout.readline() == b"up\n"
+    (workflow,) = stage.app.registry.remembered("demo")
+    process.kill()
+    await asyncio.wait_for(stage.app.registry.wait_closed(workflow), 10)
+    assert workflow.close_reason == "holder_gone"
+    await asyncio.wait_for(process.stdout.read(), 10)  # ends when the command has
+    assert told.read_text() == "told\n"
+
+
+def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[int, bytes]:
+    """Runs `words` as a shell would in a terminal; types `keys` when it says "ready". The status, and what was on the screen."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvpe(words[0], words, env)
+    screen, typed = b"", False
+    while True:
+        try:
+            screen += os.read(master, 4096)
+        except OSError:  # EIO: the last process of the terminal is gone
+            break
+        if b"ready" in screen and not typed:
+            os.write(master, keys)
+            typed = True
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    return os.waitstatus_to_exitcode(status), screen
+
+
+async def test_a_terminal_is_the_commands_own(stage: Stage) -> None:
+    """It sees a terminal, is in its foreground (else reading would stop it), and Ctrl-C goes to it alone."""
+    script = "test -t 0 && test -t 1 && echo ready; read line; echo got $line"
+    status, screen = await asyncio.to_thread(
+        in_a_terminal, words_of("bash", "-c", script), variables(stage), b"typed\n"
+    )
+    assert status == 0 and b"got typed" in screen, screen
+    script = "trap 'echo interrupted; exit 3' INT; echo ready; while :; do read -t 1 x; done"
+    status, screen = await asyncio.to_thread(in_a_terminal, words_of("bash", "-c", script), variables(stage), b"\x03")
+    assert status == 3 and b"interrupted" in screen, screen
+    assert b"no credentials were needed" in screen, "the last line is still ours"
+
+
+async def test_our_own_failures_are_125_and_say_what_to_do(tmp_path: Path) -> None:
+    env: dict[str, Any] = variables(SPANLOCK_RUN_DIR=str(tmp_path))
+    env.pop("SPANLOCK_SOCKET", None)
+    status, _, err = await run(*words_of("true"), env=env)
+    assert status == 125 and "spanlock run" in err
+    status, _, err = await run(*words_of("true", options=("-c", str(tmp_path / "none.yaml"))), env=env)
+    assert status == 125 and "none.yaml" in err
