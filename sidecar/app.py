@@ -137,7 +137,7 @@ class App:
         listeners = self.settings.listeners
         for mode, address in ((Mode.EXPLICIT, listeners.explicit), (Mode.REVERSE, listeners.reverse)):
             if address is not None:
-                self.addresses[mode] = await self.listeners.open(address, mode)
+                self.addresses[mode.value] = await self.listeners.open(address, mode)
         await self.otlp.start()
         if self.health is not None:
             await self.health.start()
@@ -262,7 +262,7 @@ class App:
         return not self.plane.draining
 
     def _needs_identity(self, agent: str) -> bool:
-        return self.broker.live_leases(agent)
+        return self.broker.needs_identity(agent)
 
     def _own_ports(self) -> frozenset[int]:
         ports = {self.otlp.grpc_port, self.otlp.http_port, self.health.port if self.health is not None else 0}
@@ -340,7 +340,7 @@ class App:
             ready=ready,
             not_ready_because="shutting down" if self.plane.draining else "; ".join(problems),
             open_workflows=self.registry.open_count,
-            active_leases=self.broker.live_count,
+            active_leases=len(self.broker.live),
             revocation_backlog=self.broker.revoker.backlog,
             policy_epoch=self.decider.epoch,
             policy_digest=self.decider.digest,
@@ -364,7 +364,7 @@ class App:
     def _gauges(self) -> None:
         gauge = self.metrics.gauge
         gauge("spanlock_open_workflows", "Open workflows", lambda: float(self.registry.open_count))
-        gauge("spanlock_leases", "Live leases", lambda: float(self.broker.live_count))
+        gauge("spanlock_leases", "Live leases", lambda: float(len(self.broker.live)))
         gauge("spanlock_revocation_backlog", "Tokens still to be revoked", lambda: float(self.broker.revoker.backlog))
         gauge("spanlock_ready", "1 when ready", lambda: float(self.ready()[0]))
 

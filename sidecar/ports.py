@@ -17,8 +17,11 @@ class SvidSource(Protocol):
         """Raises `IdentityError` unless `agent` has an unexpired identity now. Sync: asked before each injection."""
         ...
 
-    async def jwt_svid(self, agent: str, audience: str) -> Secret:
-        """A JWT-SVID of `agent` for exactly `audience`, unexpired. Raises `IdentityError`."""
+    async def jwt_svid(self, agent: str, audience: str, *, revoking: bool = False) -> Secret:
+        """A JWT-SVID of `agent` for exactly `audience`, unexpired. Raises `IdentityError`.
+
+        `revoking`: it will only take access away, so one that is held still will do when the identity has been withdrawn.
+        """
         ...
 
 
@@ -30,8 +33,13 @@ class Exchanger(Protocol):
 
     issuer: str
 
-    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
-        """A new credential. Raises `IssuerError` or `IdentityError`. `ttl`: seconds it should live at most."""
+    async def exchange(
+        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]
+    ) -> Credential:
+        """A new credential. Raises `IssuerError` or `IdentityError`. `ttl`: seconds it should live at most.
+
+        Whatever the issuer mints is appended to `minted` at once, so that it is revoked even when a later step fails.
+        """
         ...
 
     async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:

@@ -14,7 +14,7 @@ _RETRY = 5.0
 
 
 class Renewer:
-    """Drives `Broker.start_renewal` and `Broker.expire`."""
+    """Drives `Broker.renew` and `Broker.expire`."""
 
     def __init__(self, broker: Broker, clock: Clock) -> None:
         self._broker = broker
@@ -29,11 +29,11 @@ class Renewer:
     def tick(self) -> None:
         """Begins every renewal that is due and ends what has run out."""
         now = self._clock.monotonic()
-        for held in self._broker.held():
+        for held in self._broker.live.matching():
             if held.lease.state not in USABLE:
                 continue
             if now >= held.lease.usable_until:
                 self._broker.expire(held)
             elif now >= held.renew_at and held.used_since_issue and held.exchanging is None:
                 held.renew_at = now + _RETRY
-                self._broker.start_renewal(held)
+                self._broker.renew(held)

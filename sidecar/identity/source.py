@@ -78,17 +78,24 @@ class WorkloadSvids:
         if held.expires_at <= self._clock.now():
             raise IdentityError(Reason.SVID_EXPIRED, f"the SVID of agent {agent} has expired")
 
-    async def jwt_svid(self, agent: str, audience: str) -> Secret:
-        """A JWT-SVID of `agent` for `audience`: cached to half its life, then until its expiry if SPIRE is down."""
-        self.require_identity(agent)
+    async def jwt_svid(self, agent: str, audience: str, *, revoking: bool = False) -> Secret:
+        """A JWT-SVID of `agent` for `audience`: cached to half its life, then until its expiry if SPIRE is down.
+
+        `revoking`: one that is held will do even when the identity has been withdrawn, until it expires.
+        """
         key = (agent, audience)
         cached = self._cache.get(key)
-        if cached is not None and self._usable(cached) and self._clock.monotonic() < cached.refresh_at:
+        if cached is not None and not self._usable(cached):
+            cached = None
+        if agent not in self._held and revoking and cached is not None:
+            return cached.token
+        self.require_identity(agent)
+        if cached is not None and self._clock.monotonic() < cached.refresh_at:
             return cached.token
         try:
             return await asyncio.shield(self._fetch(key))
         except IdentityError as error:
-            if cached is not None and self._usable(cached) and error.reason is Reason.SPIRE_UNAVAILABLE:
+            if cached is not None and (revoking or error.reason is Reason.SPIRE_UNAVAILABLE):
                 return cached.token
             raise
 
@@ -157,9 +164,10 @@ class WorkloadSvids:
             except IdentityError as error:
                 self._down(error.detail)
                 if error.reason is Reason.NO_IDENTITY:
-                    # SPIRE itself says so: what was held is withdrawn at once.
+                    # SPIRE itself says so: what was held is withdrawn at once. JWT-SVIDs stay until they expire, to
+                    # revoke with and for nothing else: everything else asks for the identity first.
                     self._connected = True
-                    self._withdraw()
+                    self._held.clear()
             await self._api.reopen()
             wait = next(waits)
             self._next_try = self._clock.now() + wait
@@ -178,8 +186,6 @@ class WorkloadSvids:
                 held[name] = fitting[0]
         for name in self._held.keys() - held.keys():
             self._log.warning("identity_gone", agent=name)
-        for key in [key for key in self._cache if key[0] not in held]:
-            del self._cache[key]
         self._held = held
         self._changed.set()
 
@@ -190,10 +196,6 @@ class WorkloadSvids:
             self._since = self._clock.now()
         self._connected, self._error = False, error
         self._changed.set()
-
-    def _withdraw(self) -> None:
-        self._held.clear()
-        self._cache.clear()
 
     # -- JWT-SVIDs ----------------------------------------------------------------------------------------------
 
@@ -226,13 +228,14 @@ class WorkloadSvids:
             for key, cached in list(self._cache.items()):
                 if not self._usable(cached):
                     self._cache.pop(key, None)
-                elif now >= cached.refresh_at and self._needed(key[0]) and self._connected:
+                elif now >= cached.refresh_at and key[0] in self._held and self._needed(key[0]) and self._connected:
                     cached.refresh_at = now + 5.0  # not again at once when SPIRE hands out the same one
                     self._fetch(key)
 
     async def aclose(self) -> None:
         """Ends the channel and forgets everything."""
-        self._withdraw()
+        self._held.clear()
+        self._cache.clear()
         await self._api.aclose()
 
 

@@ -46,6 +46,8 @@ class World:
         self.dropped: list[str] = []
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
+        self.second_step: Exception | None = None
+        """Raised after a first token was minted."""
         self.identity = True
         self.permitted = True
         self.life = 100.0
@@ -64,7 +66,7 @@ class World:
         if not self.identity:
             raise IdentityError(Reason.NO_IDENTITY, "gone")
 
-    async def jwt_svid(self, agent: str, audience: str) -> Secret:
+    async def jwt_svid(self, agent: str, audience: str, *, revoking: bool = False) -> Secret:
         return Secret("svid")
 
     def decide_lease(self, action: Action, workflow: Workflow, tool: Tool, scopes: tuple[str, ...]) -> Permit:
@@ -72,7 +74,9 @@ class World:
             raise Denied(Reason.POLICY_DENIED, "no")
         return permit(scopes)
 
-    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
+    async def exchange(
+        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]
+    ) -> Credential:
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:
@@ -82,6 +86,9 @@ class World:
         self.alive.add(token)
         now = self.clock.now()
         record = RevocationRecord("i", tool.name, Secret(token), now + self.life, workflow.agent)
+        minted.append(record)
+        if self.second_step is not None:
+            raise self.second_step
         return Credential(Secret(token), now, now + self.life, (record,), scopes)
 
     async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:
@@ -175,8 +182,44 @@ async def test_a_refused_exchange_leaves_nothing_behind() -> None:
     world.error = IssuerError(Reason.ISSUER_REFUSED, "no")
     with pytest.raises(IssuerError):
         await world.lease()
-    assert world.broker.live_count == 0
+    assert len(world.broker.live) == 0
     assert (await world.close()).ends == ()
+
+
+async def test_a_first_token_whose_exchange_then_fails_is_revoked_however_long_it_takes() -> None:
+    world = World()
+    world.second_step = IssuerError(Reason.ISSUER_REFUSED, "the second step failed")
+    world.revoke_error = IssuerError(Reason.ISSUER_UNAVAILABLE, "down")
+    with pytest.raises(IssuerError):
+        await world.lease()
+    await spin()
+    assert world.alive == {"token-0"} and world.broker.revoker.backlog == 1, "reported, and tried on"
+    world.revoke_error = None
+    await world.clock.advance(1)
+    await spin()
+    assert not world.alive
+    report = await world.close()
+    assert [e.at_issuer for e in report.ends] == [IssuerOutcome.CONFIRMED]
+
+
+async def test_a_renewal_that_fails_half_way_revokes_its_first_token_and_keeps_the_lease() -> None:
+    world = World()
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    await world.clock.advance(71)
+    world.second_step = IssuerError(Reason.ISSUER_REFUSED, "the second step failed")
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert world.alive == {"token-0"} and lease.state is LeaseState.STALE
+    assert world.broker.use(lease, world.workflow) == b"Bearer token-0"
+
+
+async def test_what_a_workflow_remembers_of_its_ended_leases_is_bounded() -> None:
+    world = World()
+    for _ in range(1005):
+        await world.lease()
+        await world.broker.withdraw(tool="t", reissue=True)
+    assert len((await world.close()).ends) == 1000 and not world.alive
 
 
 async def test_renewal_swaps_and_the_old_token_is_revoked() -> None:

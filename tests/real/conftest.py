@@ -35,6 +35,14 @@ tools:
   ca_file: {dir}/ca.pem
   token_check: introspection
   introspection: {{client_id: tool-search, secret_file: "{dir}/secret"}}
+- name: lenient
+  url: https://lenient.tool.test:{lenient_port}
+  address: 127.0.0.1
+  issuer: keycloak
+  audience: tool-search
+  scopes: ["search:read"]
+  ca_file: {dir}/ca.pem
+  introspection: {{client_id: tool-search, secret_file: "{dir}/secret"}}
 """
 
 
@@ -67,6 +75,7 @@ class RealStage:
         self.dir, self.spire, self.keycloak = directory, spire, keycloak
         self.pki = DemoPki()
         self.search = RealTool("search.tool.test", keycloak, secret)
+        self.lenient = RealTool("lenient.tool.test", keycloak, secret, checks=False)
         self.secret = secret
 
     @property
@@ -78,7 +87,8 @@ class RealStage:
         return self.dir / "run/operator/operator.sock"
 
     async def start(self) -> None:
-        await self.search.start(self.pki.server_context(self.search.host))
+        for tool in (self.search, self.lenient):
+            await tool.start(self.pki.server_context(tool.host))
         (self.dir / "policy.cedar").write_text(POLICY)
         (self.dir / "ca.pem").write_text(self.pki.pem)
         (self.dir / "secret").write_text(self.secret)
@@ -89,6 +99,7 @@ class RealStage:
             issuer=self.keycloak.issuer,
             dir=self.dir,
             port=self.search.port,
+            lenient_port=self.lenient.port,
         )
         self.app = App(parse(text, "real"), self.dir / "spanlock.yaml", world())
         await self.app.start()
@@ -96,6 +107,7 @@ class RealStage:
     async def stop(self) -> None:
         await self.app.stop()
         await self.search.stop()
+        await self.lenient.stop()
 
 
 @pytest.fixture

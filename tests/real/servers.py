@@ -97,6 +97,12 @@ class Spire:
         assert out is not None
         self.entry = next(line.split(":")[1].strip() for line in out.splitlines() if line.startswith("Entry ID"))
 
+    def rotate(self) -> None:
+        """Changes the entry, so that the agent gets a new X509-SVID for it at its next synchronisation (5 s)."""
+        words = ["-entryID", self.entry, "-parentID", "spiffe://example.org/node", "-spiffeID", AGENT_ID]
+        more = ["-selector", f"unix:uid:{os.getuid()}", "-dns", f"r{time.monotonic_ns()}.example.org"]
+        assert self._server("entry", "update", *words, *more) is not None
+
     def unregister(self) -> None:
         assert self._server("entry", "delete", "-entryID", self.entry) is not None
 

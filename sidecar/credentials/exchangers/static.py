@@ -25,11 +25,14 @@ class StaticExchanger:
         self._svids = svids
         self._clock = clock
 
-    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
+    async def exchange(
+        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]
+    ) -> Credential:
         """Reads the secret again each time, so that a rotated file is picked up."""
         self._svids.require_identity(workflow.agent)
         value = Secret(self._read())
         record = RevocationRecord(self.issuer, tool.name, value, math.inf, workflow.agent, revocable=False)
+        minted.append(record)
         return Credential(value, self._clock.now(), math.inf, (record,), scopes)
 
     def _read(self) -> str:

@@ -5,6 +5,7 @@ Servers that take only access tokens as subject (Keycloak) need two steps: clien
 the exchange. Both tokens are leased and revoked, since revoking the first does not reach the second.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +43,27 @@ class TokenExchanger:
 
     # -- exchange -----------------------------------------------------------------------------------------------
 
-    async def exchange(self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float) -> Credential:
-        """One credential for one tool. A first token whose exchange then fails is revoked before the error goes on."""
+    async def exchange(
+        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]
+    ) -> Credential:
+        """One credential for one tool; its records include the first token's when there are two steps."""
         if self._config.subject == "client_credentials":
-            first = await self._token(
-                workflow.agent, {"grant_type": "client_credentials", **_scope(scopes)}, tool, False
-            )
-            try:
-                second = await self._exchange_step(workflow, tool, scopes, first.value, _ACCESS_TOKEN)
-            except BaseException:
-                await self._take_back(first)
-                raise
-            records = (*second.records, *(_intermediate(record) for record in first.records))
-            return Credential(second.value, second.issued_at, second.expires_at, records, second.scopes)
-        if self._config.subject == "svid":
-            svid = await self._svids.jwt_svid(workflow.agent, self._audience)
-            return await self._exchange_step(workflow, tool, scopes, svid, _JWT)
-        if workflow.subject_token is None:
+            form = {"grant_type": "client_credentials", **_scope(scopes)}
+            first = await self._token(workflow.agent, form, tool, False)
+            minted.extend(replace(record, primary=False) for record in first.records)
+            subject, subject_type = first.value, _ACCESS_TOKEN
+        elif self._config.subject == "svid":
+            subject, subject_type = await self._svids.jwt_svid(workflow.agent, self._audience), _JWT
+        elif workflow.subject_token is not None:
+            subject, subject_type = workflow.subject_token, _ACCESS_TOKEN
+        else:
             raise IssuerError(
                 Reason.ISSUER_REFUSED,
                 f"issuer {self.issuer} exchanges the host application's token; give subject_token to Open",
             )
-        return await self._exchange_step(workflow, tool, scopes, workflow.subject_token, _ACCESS_TOKEN)
+        credential = await self._exchange_step(workflow, tool, scopes, subject, subject_type)
+        minted.extend(credential.records)
+        return replace(credential, records=tuple(minted))
 
     async def _exchange_step(
         self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], subject: Secret, subject_type: str
@@ -95,13 +95,6 @@ class TokenExchanger:
         granted = tuple(sorted(str(body["scope"]).split())) if isinstance(body.get("scope"), str) else ()
         return Credential(value, now, expires_at, (record,), granted)
 
-    async def _take_back(self, credential: Credential) -> None:
-        for record in credential.records:
-            try:
-                await self.revoke(record)
-            except IssuerError:
-                return  # its life is short, and the error that brought us here goes on
-
     # -- look up and revoke -------------------------------------------------------------------------------------
 
     async def introspect(self, record: RevocationRecord, tool: Tool) -> bool | None:
@@ -114,7 +107,7 @@ class TokenExchanger:
         if tool.introspection is not None:
             basic = (tool.introspection.client_id, _client_secret(tool.introspection.secret_file))
         else:
-            form |= await self._client(record.agent)
+            form |= await self._client(record.agent, revoking=True)
         answer = await self._http.post(endpoint, form, basic)
         _raise_for(self.issuer, answer)
         active = (answer.json or {}).get("active")
@@ -128,7 +121,7 @@ class TokenExchanger:
         if endpoint is None:
             return IssuerOutcome.LOCAL_ONLY
         form = {"token": record.token.reveal(), "token_type_hint": "access_token"}
-        answer = await self._http.post(endpoint, form | await self._client(record.agent))
+        answer = await self._http.post(endpoint, form | await self._client(record.agent, revoking=True))
         _raise_for(self.issuer, answer)
         return IssuerOutcome.ACKNOWLEDGED
 
@@ -138,8 +131,8 @@ class TokenExchanger:
     def _audience(self) -> str:
         return self._config.assertion_audience or self._config.issuer
 
-    async def _client(self, agent: str) -> dict[str, str]:
-        svid = await self._svids.jwt_svid(agent, self._audience)
+    async def _client(self, agent: str, revoking: bool = False) -> dict[str, str]:
+        svid = await self._svids.jwt_svid(agent, self._audience, revoking=revoking)
         form = {"client_assertion_type": _ASSERTION + self._config.assertion_type, "client_assertion": svid.reveal()}
         if self._config.client_id is not None:
             form["client_id"] = self._config.client_id
@@ -185,10 +178,6 @@ class TokenExchanger:
 def _scope(scopes: tuple[str, ...]) -> dict[str, str]:
     """An empty scope parameter is an error at some servers: it is left out."""
     return {"scope": " ".join(scopes)} if scopes else {}
-
-
-def _intermediate(record: RevocationRecord) -> RevocationRecord:
-    return RevocationRecord(record.issuer, record.tool, record.token, record.expires_at, record.agent, primary=False)
 
 
 def _client_secret(path: str) -> Secret:

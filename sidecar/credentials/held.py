@@ -1,0 +1,108 @@
+"""What the credentials package knows of each lease besides the lease itself, and the index of all live ones."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from sidecar.credentials.revoker import Ended
+from sidecar.model.lease import Credential, Lease, LeaseEnd, RevocationRecord
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import Workflow
+
+Call = tuple[str, str, tuple[str, ...]]
+"""(workflow, tool, scopes): the inputs of a lease's key that differ between calls; the others are the tool's."""
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A lease with what ends it. Only this package changes it."""
+
+    lease: Lease
+    workflow: Workflow
+    tool: Tool
+    call: Call
+    exchanging: asyncio.Task[None] | None = None
+    """The exchange or renewal under way."""
+    issued_at: float = 0.0
+    """Monotonic seconds."""
+    renew_at: float = 0.0
+    """Monotonic seconds."""
+    used_since_issue: bool = False
+    superseded: list[RevocationRecord] = field(default_factory=list)
+    """Of earlier credentials, not yet revoked."""
+    doomed: list[RevocationRecord] = field(default_factory=list)
+    """Reachable to the revoker alone."""
+    revoking: list[asyncio.Task[Ended]] = field(default_factory=list)
+    """One for each token that the issuer is being told about, or was."""
+    expires_at: float = 0.0
+    """Wall seconds: of the last token minted."""
+    lost_answer: bool = False
+    """An exchange's answer was never seen: something may live at the issuer that we cannot name."""
+    ending: asyncio.Task[LeaseEnd] | None = None
+    dropped_at: float = 0.0
+    """Monotonic seconds."""
+
+    def minted(self, records: list[RevocationRecord] | tuple[RevocationRecord, ...]) -> None:
+        """Notes how long what was minted may live."""
+        self.expires_at = max(self.expires_at, *(record.expires_at for record in records))
+
+    def doom(self, records: list[RevocationRecord] | tuple[RevocationRecord, ...]) -> None:
+        """Hands tokens that nobody may use any more to the revoker."""
+        if records:
+            self.doomed.extend(records)
+            self.minted(records)
+
+    def install(self, credential: Credential, header: bytes) -> None:
+        """The lease's credential from now on; the one before is superseded."""
+        if self.lease.credential is not None:
+            self.superseded.extend(self.lease.credential.records)
+        self.lease.credential, self.lease.header = credential, header
+        self.lease.epoch += 1
+        self.minted(credential.records)
+        self.used_since_issue = False
+
+    def strip(self) -> None:
+        """Takes the credential away: what was minted is doomed, and nothing usable is left."""
+        credential, self.lease.credential, self.lease.header = self.lease.credential, None, b""
+        if credential is not None:
+            self.doom(credential.records)
+        self.doom(self.superseded)
+        self.superseded.clear()
+
+
+class LiveLeases:
+    """Every lease that is not dropped, by what a call needs and by workflow."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Call, Held] = {}
+        self._by_workflow: dict[str, dict[str, Held]] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, held: Held) -> None:
+        self._calls[held.call] = held
+        self._by_workflow.setdefault(held.workflow.id, {})[held.lease.id] = held
+
+    def remove(self, held: Held) -> None:
+        """Out of every index: no look-up finds it again. One that is not there is fine."""
+        if self._calls.get(held.call) is held:
+            del self._calls[held.call]
+        leases = self._by_workflow.get(held.workflow.id, {})
+        leases.pop(held.lease.id, None)
+        if not leases:
+            self._by_workflow.pop(held.workflow.id, None)
+
+    def for_call(self, call: Call) -> Held | None:
+        return self._calls.get(call)
+
+    def of(self, lease: Lease) -> Held:
+        """Raises KeyError when the lease is not live."""
+        return self._by_workflow[lease.key.workflow][lease.id]
+
+    def matching(self, workflow: str | None = None, agent: str | None = None, tool: str | None = None) -> list[Held]:
+        """Those of a workflow, an agent, a tool; all when nothing is named. With a workflow, others cost nothing."""
+        if workflow is not None:
+            found = list(self._by_workflow.get(workflow, {}).values())
+        else:
+            found = [held for leases in self._by_workflow.values() for held in leases.values()]
+        return [h for h in found if agent in (None, h.lease.key.agent) and tool in (None, h.lease.key.tool)]

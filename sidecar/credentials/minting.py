@@ -1,0 +1,75 @@
+"""One exchange: within its deadline, checked, with the issuer's health noted, and nothing minted ever lost sight of."""
+
+import asyncio
+from collections.abc import Mapping
+
+from sidecar.clock import Clock
+from sidecar.credentials.header import render
+from sidecar.credentials.held import Held
+from sidecar.errors import AnswerLost, IssuerError, Reason, SpanlockError
+from sidecar.model.lease import Credential, RevocationRecord
+from sidecar.ports import Exchanger
+
+SKEW = 2.0
+"""Seconds before expiry at which a credential is no longer used: it must still be good when it arrives."""
+
+
+class Mint:
+    """Asks the issuers. `exchangers` is shared with the revoker; a reload changes it in place."""
+
+    def __init__(self, exchangers: Mapping[str, Exchanger], clock: Clock, deadline: float) -> None:
+        self._exchangers = exchangers
+        self._clock = clock
+        self._deadline = deadline
+        self._issuers: dict[str, tuple[bool, float, str]] = {}
+        """Issuer to (ok, since in wall seconds, last error)."""
+
+    async def credential(self, held: Held, ttl: float) -> tuple[Credential, bytes]:
+        """A new credential for `held` and its header's full value. Raises `SpanlockError`; what had been minted by then
+        is doomed, and an answer that was never seen is noted."""
+        minted: list[RevocationRecord] = []
+        try:
+            credential = await self._exchange(held, ttl, minted)
+            if credential.expires_at - self._clock.now() <= SKEW:
+                raise IssuerError(Reason.CREDENTIAL_UNUSABLE, "the issuer gave a credential that expires at once")
+            return credential, render(held.tool, credential.value)
+        except BaseException as error:
+            held.doom(minted)
+            held.lost_answer = held.lost_answer or isinstance(error, AnswerLost)
+            raise
+
+    async def _exchange(self, held: Held, ttl: float, minted: list[RevocationRecord]) -> Credential:
+        issuer = held.lease.key.issuer
+        exchanger = self._exchangers[issuer]
+        try:
+            async with asyncio.timeout(self._deadline):
+                credential = await exchanger.exchange(held.workflow, held.tool, held.lease.key.scopes, ttl, minted)
+        except TimeoutError:
+            error = AnswerLost(Reason.ISSUER_UNAVAILABLE, f"issuer {issuer}: no answer within the exchange deadline")
+            self._note(issuer, error)
+            raise error from None
+        except IssuerError as refused:
+            self._note(issuer, refused)
+            raise
+        self._note(issuer, None)
+        return credential
+
+    def _note(self, issuer: str, error: SpanlockError | None) -> None:
+        ok, detail = error is None, error.detail if error is not None else ""
+        previous = self._issuers.get(issuer)
+        since = previous[1] if previous is not None and previous[0] is ok else self._clock.now()
+        self._issuers[issuer] = (ok, since, detail)
+
+    def health(self, failing: Mapping[str, str]) -> list[dict[str, object]]:
+        """One row for each issuer that was asked. `failing`: those that do not revoke, and why."""
+        return [
+            {
+                "name": f"issuer {issuer}",
+                "ok": ok and issuer not in failing,
+                "since": since,
+                "last_error": error or failing.get(issuer, ""),
+                "next_try": None,
+                "effect": "" if ok else "calls that need a new credential fail; active leases serve until they expire",
+            }
+            for issuer, (ok, since, error) in self._issuers.items()
+        ]
