@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the real servers that `make test-real` runs against, into a cache outside the tree:
-# SPIRE 1.13.3 (built from its Go modules, 10-15 min the first time) and Keycloak 26.7.3 (its Maven distribution).
-# Idempotent: what is there is left alone. Needs go, java 17 or later, mvn and unzip.
+# SPIRE 1.13.3 (built from its Go modules, 10-15 min the first time), Keycloak 26.7.3 (its Maven distribution) and Node 24
+# (a client that `exec` must serve). Idempotent: what is there is left alone. Needs go, java 17 or later, mvn, npm and unzip.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${SPANLOCK_PARTS:-$HOME/.cache/spanlock-parts}
@@ -40,5 +40,11 @@ if [ ! -f "$keycloak/.built" ]; then
   say "building Keycloak's optimized image (half a minute)"
   "$keycloak/bin/kc.sh" build --db=dev-mem --features=$features --health-enabled=true --cache=local >/dev/null
   touch "$keycloak/.built"
+fi
+node=24
+if [ ! -x "$cache/node-$node/node_modules/node/bin/node" ]; then
+  say "fetching Node $node"
+  need npm npm
+  npm install --silent --no-audit --no-fund --prefix "$cache/node-$node" "node@$node" >/dev/null
 fi
 say "ready in $cache"
