@@ -5,12 +5,7 @@ end, close every workflow, revoke every lease, say what could not be revoked, cl
 """
 
 import asyncio
-import ctypes
-import gc
-import os
 import random
-import resource
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +16,16 @@ from sidecar.audit.sinks import FileSink, StdoutSink
 from sidecar.clock import Clock, SystemClock
 from sidecar.config.load import load
 from sidecar.config.schema import Settings
-from sidecar.control import convert
 from sidecar.control.admin_service import AdminOps
 from sidecar.control.health import HealthServer
 from sidecar.control.sockets import Socket, agent_socket, operator_socket
+from sidecar.control.status import StatusPage
 from sidecar.control.workflows_service import Doors
 from sidecar.credentials.broker import Broker
 from sidecar.credentials.exchangers.registry import build_exchanger
 from sidecar.credentials.renewer import Renewer
 from sidecar.errors import ConfigError, Reason, SpanlockError
-from sidecar.identity.callers import Callers, isolation
+from sidecar.identity.callers import Callers
 from sidecar.identity.peer import uid_of_peer
 from sidecar.identity.source import WorkloadSvids
 from sidecar.identity.workload_api import WorkloadApi
@@ -49,13 +44,14 @@ from sidecar.proxy.listener import Listeners
 from sidecar.proxy.plane import Plane
 from sidecar.proxy.pool import Pool
 from sidecar.tasks import Background
-from sidecar.telemetry.logging import configure, logger
+from sidecar.telemetry.logging import logger
 from sidecar.telemetry.metrics import Metrics
 from sidecar.telemetry.tracing import Tracer
 from sidecar.tools.router import Router
 from sidecar.triggers.otlp import OtlpReceivers
 from sidecar.wire.spanlock.v1 import admin_pb2
 from sidecar.workflows.registry import Registry
+from sidecar.workflows.roll import Roll
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,6 @@ class App:
         self.path = path
         self.log = logger("app")
         self.clock = clock = around.clock
-        self.started_at = clock.now()
         self.background = Background(self._task_failed)
         self.metrics = Metrics()
         tools = {tool.name: tool for tool in (t.build() for t in settings.tools)}
@@ -117,8 +112,17 @@ class App:
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
         self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
-        self.health = HealthServer(settings.health, self.ready, self.metrics) if settings.health is not None else None
         self.addresses: dict[str, str] = {}
+        """Listener to the address it is bound to."""
+        self.page = StatusPage(
+            started_at=clock.now(), registry=self.registry, broker=self.broker, svids=self.svids, decider=self.decider,
+            audit=self.audit, callers=lambda: self.callers, draining=lambda: self.plane.draining,
+            denials=lambda: list(self.plane.denials), ca_fingerprint=self.plane.ca.fingerprint, addresses=self.addresses,
+        )  # fmt: skip
+        self.health = (
+            HealthServer(settings.health, self.page.ready, self.metrics) if settings.health is not None else None
+        )
+        self.roll = Roll(Path(settings.run_dir) / "operator" / "workflows.jsonl")
         self._sockets: list[Socket] = []
         self._gauges()
 
@@ -154,10 +158,11 @@ class App:
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
             self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
-        ops = AdminOps(self.registry, self.broker, self.status, self.reload)
+        ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
         self._sockets.append(operator_socket(run_dir, ops))
         for socket in self._sockets:
             await socket.start()
+        self.registry.restarted(self.roll.start())
         self.log.info("started", version=__version__, listeners=self.addresses, run_dir=str(run_dir))
 
     async def stop(self) -> int:
@@ -183,6 +188,7 @@ class App:
             await exchanger.aclose()
         await self.svids.aclose()
         self.audit.close()
+        self.roll.close()
         self.log.info("stopped", not_revoked=left)
         return left
 
@@ -210,18 +216,24 @@ class App:
             )
 
     def _apply(self, settings: Settings) -> admin_pb2.ReloadResponse:
+        """Everything that can fail is made first; then all of it is swapped without a pause."""
         policy = load_policy(settings.policy, self.path.parent)
         agents = {agent.name: agent for agent in (a.build() for a in settings.agents)}
         tools = {tool.name: self._same(tool) for tool in (t.build() for t in settings.tools)}
         changed = [i for i in settings.issuers if i not in self.settings.issuers]
+        exchangers = {i.name: build_exchanger(i, self.svids, self.clock) for i in changed}
+        router, callers = Router(tools.values()), Callers(agents.values())
         restart = self._needs_restart(settings, tools)
-        self.decider.replace(policy, agents, tools)
-        self.broker.replace({i.name: build_exchanger(i, self.svids, self.clock) for i in changed})
-        self.callers = self.plane.callers = Callers(agents.values())
-        self.svids.replace_agents(list(agents.values()))
+        dismissed = set(self.callers.agents) - set(agents)
         gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
-        self.plane.router = Router(tools.values())
+        self.decider.replace(policy, agents, tools)
+        self.broker.replace(exchangers)
+        self.callers = self.plane.callers = callers
+        self.svids.replace_agents(list(agents.values()))
+        self.plane.router = router
         self.settings = settings
+        for name in dismissed:
+            self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:
             self.background.spawn(self.broker.withdraw(tool=tool.name, reissue=True), f"withdraw {tool.name}")
         self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
@@ -280,6 +292,7 @@ class App:
         self.pool.drop_workflow(workflow.id, lease.key.tool)
 
     def _workflow_changed(self, workflow: Workflow, report: CloseReport | None) -> None:
+        self.roll.note(workflow)
         if not workflow.is_open and report is None:
             self.pool.drop_workflow(workflow.id)
             self.listeners.close_for(workflow.id)
@@ -303,81 +316,12 @@ class App:
     def _loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.log.error("internal_error", message=context.get("message"), exc_info=context.get("exception"))
 
-    # -- status -------------------------------------------------------------------------------------------------
-
-    def ready(self) -> tuple[bool, list[dict[str, object]]]:
-        """Ready: every agent has an identity, and we are not draining. Issuers that fail are told, as calls may go on."""
-        rows = [*self.svids.health(), *self.broker.health(), self._policy_row(), self._audit_row()]
-        for name in self.callers.agents:
-            problem = self.svids.problem(name)
-            rows.append({"name": f"identity {name}", "ok": not problem, "last_error": problem})
-        return self.svids.ready and not self.plane.draining, rows
-
-    def _policy_row(self) -> dict[str, object]:
-        return {
-            "name": "policy",
-            "ok": True,
-            "since": self.started_at,
-            "last_error": "",
-            "digest": self.decider.digest[:16],
-        }
-
-    def _audit_row(self) -> dict[str, object]:
-        ok = self.audit.healthy
-        return {
-            "name": "audit",
-            "ok": ok,
-            "last_error": "" if ok else "the sink refuses lines; records are lost and counted",
-        }
-
-    def status(self) -> admin_pb2.StatusResponse:
-        """The whole picture for `spanlock status`."""
-        ready, rows = self.ready()
-        problems = [str(row["last_error"]) for row in rows if not row["ok"] and str(row["name"]).startswith("identity")]
-        response = admin_pb2.StatusResponse(
-            version=__version__,
-            started_at=convert.timestamp(self.started_at),
-            ready=ready,
-            not_ready_because="shutting down" if self.plane.draining else "; ".join(problems),
-            open_workflows=self.registry.open_count,
-            active_leases=len(self.broker.live),
-            revocation_backlog=self.broker.revoker.backlog,
-            policy_epoch=self.decider.epoch,
-            policy_digest=self.decider.digest,
-            ca_fingerprint=self.plane.ca.fingerprint,
-            listeners=[f"{name} {address}" for name, address in self.addresses.items()],
-        )
-        for row in rows:
-            if not str(row["name"]).startswith("identity"):
-                response.dependencies.append(_dependency(row))
-        for agent in self.callers.agents.values():
-            response.agents.add(
-                name=agent.name, spiffe_id=agent.spiffe_id, svid_expires_at=convert.timestamp(self.svids.expiry(agent.name)),
-                isolation=isolation(agent, os.getuid()), problem=self.svids.problem(agent.name),
-            )  # fmt: skip
-        for at, agent_name, tool, reason, detail in self.plane.denials:
-            response.last_denials.add(
-                at=convert.timestamp(at), agent=agent_name, tool=tool, reason=reason, detail=detail
-            )
-        return response
-
     def _gauges(self) -> None:
         gauge = self.metrics.gauge
         gauge("spanlock_open_workflows", "Open workflows", lambda: float(self.registry.open_count))
         gauge("spanlock_leases", "Live leases", lambda: float(len(self.broker.live)))
         gauge("spanlock_revocation_backlog", "Tokens still to be revoked", lambda: float(self.broker.revoker.backlog))
-        gauge("spanlock_ready", "1 when ready", lambda: float(self.ready()[0]))
-
-
-def _dependency(row: dict[str, Any]) -> admin_pb2.Dependency:
-    return admin_pb2.Dependency(
-        name=row["name"],
-        ok=row["ok"],
-        since=convert.timestamp(row.get("since")),
-        last_error=row["last_error"],
-        next_try=convert.timestamp(row.get("next_try")),
-        effect=row.get("effect") or "",
-    )
+        gauge("spanlock_ready", "1 when ready", lambda: float(self.page.ready()[0]))
 
 
 def _file_sink(path: str) -> FileSink:
@@ -385,38 +329,3 @@ def _file_sink(path: str) -> FileSink:
         return FileSink(path)
     except OSError as error:
         raise ConfigError(Reason.CONFIG_INVALID, f"audit.file: {path} cannot be opened: {error.strerror}") from None
-
-
-_PR_SET_DUMPABLE = 4
-
-
-def harden() -> None:
-    """No core dump and no ptrace by the same uid: what is in memory stays there (prctl(2) PR_SET_DUMPABLE)."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-def settle_garbage() -> None:
-    """What start-up left lives as long as we do: the collector need never look at it again, nor so often at what comes."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
-
-
-async def serve(settings: Settings, path: Path) -> int:
-    """Runs until SIGTERM or SIGINT; SIGHUP reloads. Returns the exit status: 0, or 1 when something was not revoked."""
-    app = App(settings, path, world())
-    loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: app.background.spawn(app.reload(), "reload"))
-    await app.start()
-    settle_garbage()
-    await stopping.wait()
-    return 1 if await app.stop() else 0
-
-
-def configure_logging(settings: Settings) -> None:
-    """Logs go to standard error."""
-    configure(settings.telemetry.log_level, settings.telemetry.log_format)

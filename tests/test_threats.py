@@ -59,7 +59,7 @@ async def test_h1_another_sni_ends_the_handshake_and_stands_in_the_audit() -> No
         async with asyncio.timeout(5):
             while not stage.app.plane.denials:
                 await asyncio.sleep(0)
-        assert stage.app.plane.denials[-1][3] == "authority_mismatch"
+        assert stage.app.plane.denials[-1].outcome == "authority_mismatch"
         assert stage.issuer.minted == 0
 
 

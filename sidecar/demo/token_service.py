@@ -37,6 +37,8 @@ class DemoTokenService:
     down: bool = False
     gate: asyncio.Event | None = None
     """Set to make token answers wait for it."""
+    waiting: int = 0
+    """Requests that wait for the gate now."""
     tamper: Callable[[dict[str, Any]], web.Response | dict[str, Any]] | None = None
     """May replace a token answer."""
     minted: int = 0
@@ -108,7 +110,9 @@ class DemoTokenService:
             return web.Response(status=503)
         form = await request.post()
         if self.gate is not None:
+            self.waiting += 1
             await self.gate.wait()
+            self.waiting -= 1
         try:
             answer = self._grant({k: str(v) for k, v in form.items()})
         except _Refused as refused:

@@ -46,15 +46,15 @@ class Plane:
     limits: LimitsConfig
     find_caller: FindCaller
     draining: bool = False
-    denials: deque[tuple[float, str, str, str, str]] = field(default_factory=lambda: deque(maxlen=20))
-    """(wall seconds, agent, tool, reason, detail) of the last refusals, for `status`."""
+    denials: deque[FlowRecord] = field(default_factory=lambda: deque(maxlen=20))
+    """The last refusals, for `status`."""
 
     def record_flow(self, record: FlowRecord, traceparent: bytes | None) -> None:
         """The one record of a flow: audit, metrics, the last refusals, and a span when the parent is sampled."""
         self.audit.flow(record)
         self.metrics.flow(record.tool, record.outcome, record.duration_ms / 1000)
         if record.outcome != "ok":
-            self.denials.append((record.time, record.agent, record.tool, record.outcome, record.detail))
+            self.denials.append(record)
         if traceparent is not None and traceparent[-1:] in _SAMPLED:
             self.tracer.flow(record, traceparent)
 

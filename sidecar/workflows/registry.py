@@ -246,6 +246,13 @@ class Registry:
         self._changed(workflow, report)
         return report
 
+    def restarted(self, left: list[Workflow]) -> None:
+        """Takes note of the workflows that the last sidecar left open: closed, remembered, and told to `on_change`."""
+        for workflow in left[-_KEPT:]:
+            report = CloseReport(workflow.id, workflow.agent, str(workflow.close_reason))
+            self._closed[workflow.id] = (workflow, report)
+            self._changed(workflow, report)
+
     async def _remembered(self, workflow: Workflow) -> CloseReport:
         _, report = self._closed.get(workflow.id, (workflow, None))
         return report or CloseReport(workflow.id, workflow.agent, str(workflow.close_reason))
