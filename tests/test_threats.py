@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import ssl
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sidecar.app import World
 from sidecar.cli import environment
 from sidecar.clock import SystemClock
 from sidecar.credentials.header import render
@@ -337,17 +339,99 @@ async def test_n6_the_base_url_listener_answers_to_loopback_names_only() -> None
         assert reason_of(answer) == "authority_mismatch"
 
 
-async def test_n6_the_checked_address_is_the_dialled_one() -> None:
-    from sidecar.proxy.egress import addresses
+class Names:
+    """The machine's resolver, told by the test what to say."""
 
-    answers = iter([["1.1.1.1"], ["127.0.0.1"]])
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.asked: list[str] = []
 
-    async def alternating(host: str, port: int) -> list[str]:
-        return next(answers)
+    async def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.append(host)
+        return self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
 
-    assert await addresses(TOOL, alternating) == [
-        "1.1.1.1"
-    ]  # one look-up: what was checked is what is returned to dial
+
+class Recorder:
+    """Takes connections and notes every byte."""
+
+    def __init__(self, answer: bytes = b"") -> None:
+        self.connections = 0
+        self.received = b""
+        self._answer = answer
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> int:
+        self._server = await asyncio.start_server(self._talk, host, port, ssl=tls)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while data := await reader.read(65536):
+            self.received += data
+            if b"\r\n\r\n" in self.received and self._answer:
+                writer.write(self._answer)
+        writer.close()
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
+def by_name(port: int, networks: str = "[]") -> str:
+    fields = f'url: "https://named.test:{port}", issuer: demo-issuer, audience: tool-search, allow_networks: {networks}'
+    return f"- {{{{name: named, {fields}}}}}\n"
+
+
+N_ADDRESSES = (
+    "127.0.0.1", "127.8.8.8", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "169.254.169.254",
+    "192.0.0.192", "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1",
+    "fd00:ec2::254", "ff02::1", "2001:db8::1",
+    "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::a00:1", "2002:7f00:1::1", "2001:0:0:0:0:0:80ff:fffe",
+    "2001:db8::5efe:7f00:1", "fec0::1",
+)  # fmt: skip
+
+
+async def test_n1_n2_a_private_answer_is_never_dialled() -> None:
+    """Through a real call: what resolves to such an address, alone or among public ones, costs no connection, no exchange."""
+    names, recorder = Names(["127.0.0.1"]), Recorder()
+    port = await recorder.start()
+    around = World(SystemClock(), random.Random(1), names)
+    async with ready_stage(more=by_name(port), policy_for=("named",), around=around) as stage:
+        workflow = await opened(stage)
+        headers = {"x-spanlock-workflow": workflow.handle}
+        async with httpx.AsyncClient(trust_env=False, headers=headers) as agent:
+            for address in N_ADDRESSES:
+                for answer in ([address], ["1.1.1.1", address]):
+                    names.answers = [answer]
+                    refused = await agent.get(f"http://{stage.app.addresses['reverse']}/named/x")
+                    reason = refused.headers["x-spanlock-reason"]
+                    assert (refused.status_code, reason) == (403, "address_refused"), answer
+        assert (recorder.connections, stage.issuer.minted) == (0, 0)
+    recorder.stop()
+
+
+async def test_n6_what_was_checked_is_dialled_and_rebinding_changes_nothing() -> None:
+    """127.0.0.2 is allowed here and 127.0.0.1 is not: a resolver that alternates gets one look-up a connection."""
+    good, bad = Recorder(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"), Recorder()
+    names = Names(["127.0.0.2"], ["127.0.0.1"])
+    around = World(SystemClock(), random.Random(1), names)
+    port = await bad.start("127.0.0.1")
+    more = by_name(port, '[127.0.0.2/32], ca_file: "{dir}/tools-ca.pem"')
+    async with ready_stage(more=more, policy_for=("named",), around=around) as stage:
+        await good.start("127.0.0.2", port, stage.pki.server_context("named.test"))
+        workflow = await opened(stage)
+        headers = {"x-spanlock-workflow": workflow.handle, "connection": "close"}
+        async with httpx.AsyncClient(trust_env=False, headers=headers) as agent:
+            target = f"http://{stage.app.addresses['reverse']}/named/x"
+            answer = await agent.get(target)
+            assert (answer.status_code, good.connections, bad.connections) == (200, 1, 0), answer.text
+            assert names.asked == ["named.test"]
+            stage.app.pool.drop_workflow(workflow.workflow.id)
+            refused = await agent.get(target)
+            assert refused.headers["x-spanlock-reason"] == "address_refused"
+        assert bad.connections == 0
+    good.stop()
+    bad.stop()
 
 
 async def test_n8_the_sidecars_own_ports_cannot_be_reached_through_it() -> None:
@@ -474,8 +558,28 @@ async def test_l6_a_wrong_certificate_costs_no_exchange_and_gets_no_byte() -> No
 
 
 async def test_l6b_nothing_is_written_before_the_peer_is_verified() -> None:
-    """A self-signed impostor that records every decrypted byte gets none."""
-    await test_l6_a_wrong_certificate_costs_no_exchange_and_gets_no_byte()
+    """An impostor that notes every decrypted byte gets none, though it would have."""
+    recorder = Recorder()
+    async with ready_stage() as stage:
+        port = await recorder.start(tls=stage.pki.server_context("impostor.test"))
+        careless = ssl._create_unverified_context()
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=careless)
+        writer.write(b"control")
+        async with asyncio.timeout(5):
+            while recorder.received != b"control":
+                await asyncio.sleep(0)
+        writer.close()
+        tool = stage.app.plane.router.by_name("search")
+        stage.app.plane.router = Router([ToolConfig(
+            name="search", url=f"https://{tool.authority.host}:{port}", issuer="demo-issuer", audience="tool-search",
+            scopes=("search:read",), address="127.0.0.1", ca_file=f"{stage.dir}/tools-ca.pem",
+        ).build()])  # fmt: skip
+        workflow = await opened(stage)
+        async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": workflow.handle}) as agent:
+            answer = await agent.post(f"http://{stage.app.addresses['reverse']}/search/x", content=b"body")
+        assert answer.headers["x-spanlock-reason"] == "upstream_tls"
+        assert recorder.received == b"control"
+    recorder.stop()
 
 
 async def test_l8_a_close_cuts_what_streams_and_the_residual_life_is_told() -> None:
