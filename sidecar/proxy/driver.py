@@ -64,12 +64,19 @@ class Driven:
             self._running = False
         if yielded is not self:
             self._task = self._background.spawn(self._finish(yielded), "flow")
+            self._task.add_done_callback(self._abandoned)
 
     async def _finish(self, first: Any) -> None:
         try:
             await self._drive(first)
         finally:
             self._coroutine = self._task = None
+
+    def _abandoned(self, _: "asyncio.Task[None]") -> None:
+        """A Task that is cancelled before its first step never enters the coroutine: it is ended here."""
+        coroutine, self._coroutine, self._task = self._coroutine, None, None
+        if coroutine is not None:
+            self._step(coroutine, asyncio.CancelledError())
 
     @types.coroutine
     def _drive(self, yielded: Any) -> Generator[Any, None, None]:

@@ -242,10 +242,13 @@ class Flow(Driven):
             return
         timeouts = self.route.tool.timeouts
         limit = timeouts.idle if self.replied else timeouts.response
-        if now - self._silent_since > limit:
-            self.fail(
-                UpstreamError(Reason.UPSTREAM_TIMEOUT, f"no byte from tool {self.route.tool.name} for {limit:g} s")
-            )
+        if now - self._silent_since <= limit:
+            return
+        if self.body_complete or self.replied:
+            what = f"no byte from tool {self.route.tool.name} for {limit:g} s"
+            self.fail(UpstreamError(Reason.UPSTREAM_TIMEOUT, what))
+        else:
+            self.fail(CallerError(Reason.REQUEST_TIMEOUT, f"no byte of the request's body for {limit:g} s"))
 
     def cut(self) -> None:
         """The workflow closed: no further byte with the credential leaves (model.workflow.LiveFlow)."""

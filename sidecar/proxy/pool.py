@@ -24,6 +24,11 @@ Own = Callable[[], frozenset[int]]
 """The ports that this sidecar listens on."""
 
 
+def _abandon(dialled: "asyncio.Task[Upstream]") -> None:
+    if not dialled.cancelled() and dialled.exception() is None:
+        dialled.result().abort()
+
+
 class Pool:
     """Owns idle connections. `drop_workflow` when one closes, `aclose` at the end."""
 
@@ -89,8 +94,8 @@ class Pool:
         try:
             return await dialled
         except asyncio.CancelledError:
-            if dialled.done() and not dialled.cancelled() and dialled.exception() is None:
-                dialled.result().abort()  # cut in the very step in which it came: nobody else would close it
+            dialled.cancel()
+            dialled.add_done_callback(_abandon)  # it may come in this very step, and nobody else would close it
             raise
 
     async def _dial(self, workflow: str, tool: Tool) -> Upstream:
