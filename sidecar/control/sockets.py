@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.control.admin_service import AdminOps, AdminService
 from sidecar.control.token_exchange_service import TokenExchangeService
+from sidecar.control.unreadable import RefuseUnreadable
 from sidecar.control.workflows_service import Doors, WorkflowsService
 from sidecar.errors import ConfigError, Reason
 from sidecar.model.caller import Agent
@@ -87,7 +88,7 @@ class Socket:
 
     def _build(self) -> Any:
         options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)]
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=20_000)
+        server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=options, maximum_concurrent_rpcs=20_000)
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 from aiohttp import web
 from google.protobuf.message import DecodeError
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
 from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Caller
@@ -46,7 +46,7 @@ class OtlpReceivers:
         if self._config.grpc is not None:
             options = [("grpc.max_receive_message_length", MAX_BODY), ("grpc.so_reuseport", 0)]
             self._grpc = grpc.aio.server(options=options)
-            trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_GrpcTraces(self), self._grpc)  # type: ignore[no-untyped-call]
+            self._grpc.add_generic_rpc_handlers((_handler(self._export),))
             try:
                 self.grpc_port = self._grpc.add_insecure_port(self._config.grpc)
             except RuntimeError:
@@ -98,6 +98,18 @@ class OtlpReceivers:
             for agent in caller.agents:
                 self._span_ended(agent, trace_id, span_id, not parent)
 
+    async def _export(self, body: bytes, context: Any) -> bytes:
+        """OTLP over gRPC. The body is parsed here, so that a malformed one gets its own status."""
+        try:
+            spans = _spans_of(Export.FromString(body))
+            host, port = _peer(context)
+            self.take((host, self.grpc_port), (host, port), spans)
+        except DecodeError:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a valid OTLP export")
+        except (SpanlockError, ValueError):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(Reason.UNKNOWN_CALLER))
+        return b""
+
     async def stop(self) -> None:
         """Ends both receivers."""
         if self._grpc is not None:
@@ -106,17 +118,10 @@ class OtlpReceivers:
             await self._runner.cleanup()
 
 
-class _GrpcTraces(trace_service_pb2_grpc.TraceServiceServicer):
-    def __init__(self, receivers: OtlpReceivers) -> None:
-        self._receivers = receivers
-
-    async def Export(self, request: Export, context: Any) -> Any:
-        try:
-            host, port = _peer(context)
-            self._receivers.take((host, self._receivers.grpc_port), (host, port), _spans_of(request))
-        except (SpanlockError, ValueError):
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(Reason.UNKNOWN_CALLER))
-        return trace_service_pb2.ExportTraceServiceResponse()
+def _handler(export: Any) -> Any:
+    """opentelemetry.proto.collector.trace.v1.TraceService, with bytes in and out."""
+    service = trace_service_pb2.DESCRIPTOR.services_by_name["TraceService"].full_name
+    return grpc.method_handlers_generic_handler(service, {"Export": grpc.unary_unary_rpc_method_handler(export)})
 
 
 def _peer(context: Any) -> tuple[str, int]:
@@ -150,7 +155,7 @@ def _spans_of_json(body: bytes) -> list[tuple[str, str, str]]:
                         found.append(
                             (_hex(span["traceId"], 16), _hex(span["spanId"], 8), _hex(span.get("parentSpanId", ""), 8))
                         )
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, OverflowError):
         raise ValueError("not an OTLP export") from None
     return found
 

@@ -1,0 +1,79 @@
+"""Messages that are no valid protobuf: INVALID_ARGUMENT and a reason, where gRPC answers UNKNOWN and logs a traceback."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from sidecar.control.rescue import Context, refuse
+from sidecar.errors import CallerError, Reason
+
+
+class _Unreadable:
+    """Stands for a message that is no valid protobuf of its type."""
+
+
+class RefuseUnreadable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """For every method of a server."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        read = handler.request_deserializer
+
+        def deserializer(data: bytes) -> Any:
+            try:
+                return read(data)
+            except DecodeError:
+                return _Unreadable()
+
+        kind = (
+            "stream_stream"
+            if handler.request_streaming
+            else "unary_stream"
+            if handler.response_streaming
+            else "unary_unary"
+        )
+        guard = {"stream_stream": _guard_streams, "unary_stream": _guard_stream, "unary_unary": _guard_unary}[kind]
+        return handler._replace(request_deserializer=deserializer, **{kind: guard(getattr(handler, kind))})
+
+
+def _unreadable() -> CallerError:
+    return CallerError(Reason.INVALID_ARGUMENT, "the message is not valid protobuf of its type")
+
+
+def _guard_unary(method: Any) -> Any:
+    async def guarded(request: Any, context: Context) -> Any:
+        if isinstance(request, _Unreadable):
+            await refuse(context, _unreadable())
+        return await method(request, context)
+
+    return guarded
+
+
+def _guard_stream(method: Any) -> Any:
+    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+        if isinstance(request, _Unreadable):
+            await refuse(context, _unreadable())
+        async for message in method(request, context):
+            yield message
+
+    return guarded
+
+
+def _guard_streams(method: Any) -> Any:
+    """Both ways: the reader is told by the error that its iterator raises."""
+
+    async def readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            if isinstance(request, _Unreadable):
+                raise _unreadable()
+            yield request
+
+    async def guarded(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        async for message in method(readable(requests), context):
+            yield message
+
+    return guarded

@@ -1,0 +1,170 @@
+"""The agents' sockets: each sees its own, malformed messages get a status, two agents of one uid need handles."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import pytest
+
+from sidecar.cli.stage import Stage
+from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
+from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
+from tests.stage import closed, opened, port_of, raw, ready_stage, reason_of, stub
+
+OTHER_ID = "spiffe://demo.spanlock.test/other"
+
+
+class TwoAgents(Stage):
+    """Two declared agents that run as the same uid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spire.entries.append(OTHER_ID)
+
+    def config_text(self) -> str:
+        agents = f'agents: [{{name: other, spiffe_id: "{OTHER_ID}", uid: {os.getuid()}}}, '
+        return super().config_text().replace("agents: [", agents)
+
+    def write_files(self) -> None:
+        super().write_files()
+        policy = self.dir / "policy.cedar"
+        policy.write_text(policy.read_text() + 'permit(principal == Spanlock::Agent::"other", action, resource);\n')
+
+    @property
+    def other_socket(self) -> Path:
+        return self.dir / "run/agents/other/agent.sock"
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[TwoAgents]:
+    async with TwoAgents() as stage:
+        assert await stage.app.svids.wait_ready(10)
+        yield stage
+
+
+async def other_opens(stage: TwoAgents, **fields: Any) -> pb.OpenResponse:
+    async with grpc.aio.insecure_channel(f"unix:{stage.other_socket}") as channel:
+        workflows = workflows_pb2_grpc.WorkflowsStub(channel)  # type: ignore[no-untyped-call]
+        response: pb.OpenResponse = await workflows.Open(pb.OpenRequest(name="theirs", **fields))
+        return response
+
+
+async def test_two_agents_of_one_uid_need_handles(two: TwoAgents) -> None:
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    mine, theirs = await opened(two, trace_id=trace), await other_opens(two)
+    base = f"http://{two.app.addresses['reverse']}/search/v1/items"
+    async with httpx.AsyncClient(trust_env=False) as agent:
+        nobody = await agent.get(base, headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"})
+        assert (nobody.status_code, nobody.headers["x-spanlock-reason"]) == (403, "no_workflow")
+        assert "handle" in nobody.json()["detail"] + nobody.json()["fix"]
+        for workflow, identity in ((mine, "/agent"), (theirs, "/other")):
+            answer = await agent.get(base, headers={"x-spanlock-workflow": workflow.handle})
+            assert answer.status_code == 200 and answer.json()["subject"].endswith(identity)
+
+
+async def test_an_agent_sees_renews_closes_and_watches_its_own_only(two: TwoAgents) -> None:
+    mine, theirs = await opened(two), await other_opens(two)
+    async with stub(two) as workflows:
+        listed = await workflows.List(pb.ListRequest())
+        assert [w.id for w in listed.workflows] == [mine.workflow.id]
+        for ask in (
+            workflows.Close(pb.CloseRequest(workflow_id=theirs.workflow.id)),
+            workflows.Renew(pb.RenewRequest(workflow_id=theirs.workflow.id)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await ask
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        assert two.app.registry.get(theirs.workflow.id).is_open
+        watching = workflows.Watch(pb.WatchRequest())
+        seen = [(await watching.read()).workflow]
+        await other_opens(two)
+        again = await opened(two)
+        await closed(two, again.workflow.id)
+        seen += [(await watching.read()).workflow for _ in range(3)]
+        watching.cancel()
+    assert [(w.id, w.state) for w in seen] == [
+        (mine.workflow.id, "open"), (again.workflow.id, "open"), (again.workflow.id, "closing"), (again.workflow.id, "closed")
+    ]  # fmt: skip
+    async with asyncio.timeout(5):
+        while two.app.registry._watchers:
+            await asyncio.sleep(0)
+
+
+async def test_renew_never_passes_the_maximum_age() -> None:
+    async with ready_stage() as stage:
+        request = pb.OpenRequest(name="short")
+        request.max_age.FromSeconds(60)
+        async with stub(stage) as workflows:
+            workflow = await workflows.Open(request)
+            renewed = await workflows.Renew(pb.RenewRequest(workflow_id=workflow.workflow.id))
+        assert abs(renewed.workflow.expires_at.ToNanoseconds() - workflow.workflow.expires_at.ToNanoseconds()) < 1e9
+
+
+INVALID = {
+    "a name with a line break": pb.OpenRequest(name="a\nb"),
+    "a name too long": pb.OpenRequest(name="x" * 129),
+    "a trace id of another shape": pb.OpenRequest(name="x", trace_id="ABC"),
+    "an all-zero trace id": pb.OpenRequest(name="x", trace_id="0" * 32),
+    "a root without a trace": pb.OpenRequest(name="x", root_span_id="b7ad6b7169203331"),
+    "a subject token too long": pb.OpenRequest(name="x", subject_token="t" * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", INVALID)
+async def test_a_field_that_makes_no_sense_is_named(name: str) -> None:
+    async with ready_stage() as stage, stub(stage) as workflows:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await workflows.Open(INVALID[name])
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert (refused.value.details() or "").startswith("invalid_argument: ")
+        assert stage.app.registry.open_count == 0
+
+
+async def test_malformed_messages_get_a_status_and_lose_nothing() -> None:
+    async with ready_stage() as stage:
+        held = await opened(stage)
+        options = [("grpc.max_send_message_length", -1)]
+        async with grpc.aio.insecure_channel(f"unix:{stage.agent_socket}", options=options) as channel:
+            for method in ("Workflows/Open", "Workflows/Close", "TokenExchange/Exchange", "TokenExchange/Release"):
+                send = channel.unary_unary(f"/spanlock.v1.{method}", request_serializer=bytes)
+                for body, code in (
+                    (b"\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
+                    (b"\x0a\xff\xff\xff\xff\x7f", grpc.StatusCode.INVALID_ARGUMENT),
+                    (bytes(70_000), grpc.StatusCode.RESOURCE_EXHAUSTED),
+                ):
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await send(body)
+                    assert refused.value.code() is code
+            hold = channel.stream_stream("/spanlock.v1.Workflows/Hold", request_serializer=bytes)()
+            await hold.write(b"\xff\xff\xff")
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await hold.read()
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert stage.app.registry.get(held.workflow.id).is_open and stage.app.registry.open_count == 1
+
+
+async def test_a_hold_that_does_not_open_is_told_so() -> None:
+    async with ready_stage() as stage, stub(stage) as workflows:
+        hold = workflows.Hold()
+        await hold.write(pb.HoldRequest(close=True))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await hold.read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "first message" in (
+            refused.value.details() or ""
+        )
+
+
+async def test_too_many_workflows_are_refused_and_the_others_go_on() -> None:
+    async with ready_stage(more="workflows: {{max_open_per_agent: 2}}\n") as stage:
+        first, _ = await opened(stage), await opened(stage)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await opened(stage)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        request = f"GET /search/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {first.handle}\r\nConnection: close\r\n\r\n"
+        assert reason_of(await raw(port_of(stage.app.addresses["reverse"]), request.encode())) == ""
+        await closed(stage, first.workflow.id)
+        await opened(stage)

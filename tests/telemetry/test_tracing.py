@@ -1,0 +1,72 @@
+"""The sidecar's own spans at a real OTLP receiver: children of a sampled parent, none of any other, and no secret in them."""
+
+import asyncio
+
+from aiohttp import web
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from tests.stage import client, opened, ready_stage, url
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+class Collector:
+    """What a collector gets."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.came = asyncio.Event()
+
+    async def start(self) -> int:
+        app = web.Application()
+        app.router.add_post("/v1/traces", self._take)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return int(self._runner.addresses[0][1])
+
+    async def _take(self, request: web.Request) -> web.Response:
+        self.bodies.append(await request.read())
+        self.came.set()
+        return web.Response(body=b"", content_type="application/x-protobuf")
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    def spans(self) -> list[object]:
+        requests = [ExportTraceServiceRequest.FromString(body) for body in self.bodies]
+        return [
+            s for r in requests for resource in r.resource_spans for scope in resource.scope_spans for s in scope.spans
+        ]
+
+
+async def test_a_sampled_parent_gets_a_child_and_another_none() -> None:
+    collector = Collector()
+    port = await collector.start()
+    more = f'telemetry: {{{{otlp_endpoint: "http://127.0.0.1:{port}"}}}}\n'
+    async with ready_stage(more=more) as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            for flags in ("00", "01"):
+                headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}"}
+                assert (await agent.get(url(stage.search, "/v1/items?q=secret"), headers=headers)).status_code == 200
+            assert (await agent.get(url(stage.search), headers={"traceparent": "nonsense-1"})).status_code == 200
+            assert (await agent.get(url(stage.search))).status_code == 200
+        await asyncio.wait_for(collector.came.wait(), 10)
+        token = stage.search.authorized[-1].removeprefix("Bearer ").encode()
+    await collector.stop()
+    (span,) = collector.spans()
+    assert (span.trace_id.hex(), span.parent_span_id.hex(), span.name) == (TRACE, PARENT, "GET search")  # type: ignore[attr-defined]
+    assert span.start_time_unix_nano < span.end_time_unix_nano  # type: ignore[attr-defined]
+    everything = b"".join(collector.bodies)
+    assert token not in everything and workflow.handle.encode() not in everything and b"q=secret" not in everything
+
+
+async def test_a_collector_that_is_down_costs_spans_and_nothing_else() -> None:
+    more = 'telemetry: {{otlp_endpoint: "http://127.0.0.1:1"}}\n'
+    async with ready_stage(more=more) as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            for _ in range(5):
+                answer = await agent.get(url(stage.search), headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+                assert answer.status_code == 200
