@@ -38,8 +38,10 @@ def command(
 
 
 def _harden() -> None:
-    """No core dump and no ptrace by the same uid: what is in memory stays there (prctl(2) PR_SET_DUMPABLE)."""
+    """No core dump and no ptrace by the same uid: what is in memory stays there (prctl(2) PR_SET_DUMPABLE). Files enough."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each call in flight needs two, and a shell gives 1,024
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 

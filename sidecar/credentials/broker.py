@@ -197,7 +197,7 @@ class Broker:
     # -- exchange by gRPC ---------------------------------------------------------------------------------------
 
     async def exchange(self, workflow: Workflow, tool: Tool, permit: Permit) -> tuple[Lease, str]:
-        """A lease and a new CredentialHandle for it."""
+        """A lease and its CredentialHandle."""
         lease = await self.lease(workflow, tool, permit)
         return lease, self._handles.issue(lease)
 

@@ -13,13 +13,14 @@ class Handles:
 
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
-        self._by_lease: dict[str, list[str]] = {}
+        self._by_lease: dict[str, str] = {}
 
     def issue(self, lease: Lease) -> str:
-        """A new handle for `lease`; given to its owner and never shown again."""
-        value = PREFIX + secrets.token_hex(16)
-        self._leases[value] = lease
-        self._by_lease.setdefault(lease.id, []).append(value)
+        """The handle of `lease`: one for its whole life, however often its owner asks, so that asking costs no memory."""
+        value = self._by_lease.get(lease.id)
+        if value is None:
+            value = self._by_lease[lease.id] = PREFIX + secrets.token_hex(16)
+            self._leases[value] = lease
         return value
 
     def resolve(self, value: str, agents: frozenset[str], tool: str | None) -> Lease:
@@ -32,6 +33,7 @@ class Handles:
         return lease
 
     def drop(self, lease: Lease) -> None:
-        """Every handle of `lease` is worthless from now on."""
-        for value in self._by_lease.pop(lease.id, ()):
-            self._leases.pop(value, None)
+        """The handle of `lease`, if it has one, is worthless from now on."""
+        value = self._by_lease.pop(lease.id, None)
+        if value is not None:
+            del self._leases[value]

@@ -21,42 +21,49 @@ from sidecar.clock import Clock
 from sidecar.errors import CallerError, Reason
 
 MAX_CONTEXTS = 512
-_LIFE = datetime.timedelta(days=30)
-"""Of the CA at most: the process is expected to be restarted sooner."""
+_CA_LIFE = datetime.timedelta(days=3650)
+"""Longer than any process: it ends with ours, and agents cannot be given another while they run."""
+_LEAF_LIFE = datetime.timedelta(days=90)
+_LEAF_USED = 45 * 86400.0
+"""Seconds after which a leaf is made anew."""
 _SKEW = datetime.timedelta(minutes=5)
 
 
 class CertificateAuthority:
-    """Signs server certificates for configured hosts. One an app; a reload that adds hosts makes a new one."""
+    """Signs server certificates for configured hosts. One an app; hosts that a reload adds need a restart."""
 
     def __init__(self, hosts: Iterable[str], clock: Clock) -> None:
         self._hosts = frozenset(hosts)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
-        self._now = datetime.datetime.fromtimestamp(clock.now(), tz=datetime.UTC)
+        self._clock = clock
         self._certificate = self._self_signed()
         self._lock = threading.Lock()  # contexts are built in the loop's thread pool
-        self._contexts: OrderedDict[str, ssl.SSLContext] = OrderedDict()
+        self._contexts: OrderedDict[str, tuple[ssl.SSLContext, float]] = OrderedDict()
+        """With the monotonic seconds at which each was made."""
         self.pem = self._certificate.public_bytes(serialization.Encoding.PEM).decode()
         """What agents must trust. Public."""
         self.fingerprint = self._certificate.fingerprint(hashes.SHA256()).hex()
 
-    def _builder(self, name: str, issuer: str, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _builder(
+        self, name: str, issuer: str, key: ec.EllipticCurvePublicKey, life: datetime.timedelta
+    ) -> x509.CertificateBuilder:
+        now = datetime.datetime.fromtimestamp(self._clock.now(), tz=datetime.UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
             .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(self._now - _SKEW)
-            .not_valid_after(self._now + _LIFE)
+            .not_valid_before(now - _SKEW)
+            .not_valid_after(now + life)
         )
 
     def _self_signed(self) -> x509.Certificate:
         name = "Spanlock ephemeral interception CA"
         public = self._key.public_key()
         builder = (
-            self._builder(name, name, public)
+            self._builder(name, name, public, _CA_LIFE)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(certificate_sign=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
@@ -70,17 +77,24 @@ class CertificateAuthority:
             )
         return builder.sign(self._key, hashes.SHA256())
 
+    def require(self, host: str) -> None:
+        """Raises `CallerError` (unknown_tool) for a host that this CA is not constrained to."""
+        if host not in self._hosts:
+            raise CallerError(Reason.UNKNOWN_TOOL, f"{host} was configured after the start: restart to intercept it")
+
     def leaf(self, host: str) -> ssl.SSLContext:
         """The server context for `host`. Raises `CallerError` (unknown_tool) for a host that is no tool's.
 
         The SNI callback only compares: the CONNECT name has picked the leaf, and another or a missing name in the
         ClientHello ends the handshake (H1, H6).
         """
-        if host not in self._hosts:
-            raise CallerError(Reason.UNKNOWN_TOOL, f"{host} is not the host of a configured tool")
+        self.require(host)
         with self._lock:
-            context = self._contexts.get(host) or self._context(host)
-            self._contexts[host] = context
+            now = self._clock.monotonic()
+            context, made_at = self._contexts.get(host, (None, 0.0))
+            if context is None or now - made_at > _LEAF_USED:
+                context = self._context(host)
+                self._contexts[host] = (context, now)
             self._contexts.move_to_end(host)
             if len(self._contexts) > MAX_CONTEXTS:
                 self._contexts.popitem(last=False)
@@ -88,7 +102,7 @@ class CertificateAuthority:
 
     def _context(self, host: str) -> ssl.SSLContext:
         certificate = (
-            self._builder(host[:64], "Spanlock ephemeral interception CA", self._leaf_key.public_key())
+            self._builder(host[:64], "Spanlock ephemeral interception CA", self._leaf_key.public_key(), _LEAF_LIFE)
             .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)

@@ -196,6 +196,7 @@ class Connection(asyncio.Protocol):
         if self.plane.draining:
             raise CallerError(Reason.DRAINING, "the sidecar is shutting down")
         self.authority, self.tool = destination.connect(head, self.plane.router)
+        self.plane.ca.require(self.authority.host)
         self.handle = binding.handle_of(head.handle)
         if self.handle is not None or self.caller.workflow is not None:
             self._joined = self.plane.registry.join(self.caller, self.handle, None)

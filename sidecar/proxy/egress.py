@@ -8,7 +8,8 @@ nothing hides in them. The registries are those of `ipaddress` (IANA special-pur
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from sidecar.errors import Reason, UpstreamError
@@ -18,6 +19,7 @@ Address = IPv4Address | IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Name and port to IP addresses as text. Raises OSError."""
 
+_LOOKUPS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="resolver")
 _NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
 _COMPATIBLE = IPv6Network("::/96")
 _SITE_LOCAL = IPv6Network("fec0::/10")
@@ -29,9 +31,9 @@ _ISATAP = (0x00005EFE, 0x02005EFE)
 
 
 async def system_resolver(host: str, port: int) -> list[str]:
-    """The machine's resolver, in the loop's thread pool."""
-    loop = asyncio.get_running_loop()
-    answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    """The machine's resolver, in threads of its own: a name server that hangs holds up nothing but look-ups."""
+    look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    answers = await asyncio.get_running_loop().run_in_executor(_LOOKUPS, look)
     return [str(sockaddr[0]) for *_, sockaddr in answers]
 
 

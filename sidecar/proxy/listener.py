@@ -3,7 +3,7 @@
 import asyncio
 
 from sidecar.clock import Clock
-from sidecar.errors import ConfigError, Reason
+from sidecar.errors import CallerError, ConfigError, Reason
 from sidecar.model.workflow import Workflow
 from sidecar.proxy.destination import Mode
 from sidecar.proxy.downstream import Connection
@@ -38,8 +38,15 @@ class Listeners:
             ) from None
 
     async def open_for(self, workflow: Workflow) -> str:
-        """A listener of the workflow's own on an ephemeral port. Returns its proxy URL; `close_for` ends it."""
-        return "http://" + await self._listen(workflow.id, Mode.EXPLICIT, "127.0.0.1", 0, workflow.id)
+        """A listener of the workflow's own on an ephemeral port. Returns its proxy URL; `close_for` ends it.
+
+        Raises `CallerError` (too_many_workflows) when the machine has no port or file left for it.
+        """
+        try:
+            return "http://" + await self._listen(workflow.id, Mode.EXPLICIT, "127.0.0.1", 0, workflow.id)
+        except OSError as error:
+            what = f"no listener for the workflow: {error.strerror}; raise the limit of open files"
+            raise CallerError(Reason.TOO_MANY_WORKFLOWS, what) from None
 
     async def _listen(self, name: str, mode: Mode, host: str, port: int, workflow: str | None) -> str:
         loop = asyncio.get_running_loop()
