@@ -14,13 +14,13 @@ Record = FlowRecord | LeaseRecord | WorkflowRecord
 MAX_QUEUE = 65536
 """Records; beyond it the newest are lost, counted and said."""
 _INTERVAL = 0.2
-_KINDS: dict[type[Record], bytes] = {FlowRecord: b"flow", LeaseRecord: b"lease", WorkflowRecord: b"workflow"}
+KINDS: dict[type[Record], bytes] = {FlowRecord: b"flow", LeaseRecord: b"lease", WorkflowRecord: b"workflow"}
 
 
 def encode(record: Record) -> bytes:
     """One line of JSON, `kind` first."""
     kind = type(record)
-    return b'{"kind":"%b",%b\n' % (_KINDS[kind], to_json(dict(zip(kind._fields, record, strict=True)))[1:])
+    return b'{"kind":"%b",%b\n' % (KINDS[kind], to_json(dict(zip(kind._fields, record, strict=True)))[1:])
 
 
 class AuditLog:

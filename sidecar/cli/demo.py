@@ -4,6 +4,8 @@ real sockets, the real sidecar, and a small agent that calls them. Shows each cr
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -22,12 +24,12 @@ from sidecar.cli.stage import AGENT_ID, Stage
 from sidecar.control import convert
 from sidecar.demo.tools import masked
 from sidecar.errors import CallerError, Reason
-from sidecar.model.caller import Caller
 from sidecar.model.workflow import CloseReason
 from sidecar.telemetry.logging import configure
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
+_NOBODY = 65534
 _TRACE = "0af7651916cd43dd8448eb211c80319c"
 
 
@@ -221,6 +223,7 @@ async def _attacks(stage: Stage, story: Story) -> None:
         target = f"{stage.search.host}:{stage.search.port}"
         answer = await _raw(port, f"GET http://{target}/ HTTP/1.1\r\nHost: evil.test\r\n\r\n")
         story.tell("attack", "a Host that is not the destination: refused", b"authority_mismatch" in answer)
+        story.tell("attack", *await _foreign_uid_refused(stage, opened.handle))
         stolen = opened.handle
         await stream.write(pb.HoldRequest(close=True))
         await stream.read()
@@ -229,17 +232,28 @@ async def _attacks(stage: Stage, story: Story) -> None:
             explicit, f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nProxy-Authorization: Bearer {stolen}\r\n\r\n"
         )
         story.tell("attack", "a stolen handle of a closed workflow: 407", answer.startswith(b"HTTP/1.1 407"))
-        story.tell("attack", "a foreign uid: refused", _foreign_uid_refused(stage))
         story.tell("attack", "no credential was minted for any of it", stage.issuer.minted == mint)
 
 
-def _foreign_uid_refused(stage: Stage) -> bool:
-    """The lookup that every connection goes through, with a uid that no declared agent has."""
-    try:
-        caller: Caller = stage.app.callers.by_uid(os.getuid() + 4242)
-    except CallerError as error:
-        return error.reason is Reason.UNKNOWN_CALLER
-    return not caller.agents
+async def _foreign_uid_refused(stage: Stage, handle: str) -> tuple[str, bool]:
+    """Another uid with a handle that is good: what was done, and whether it was refused."""
+    bash = shutil.which("bash")
+    if os.getuid() != 0 or bash is None:
+        try:
+            stage.app.callers.by_uid(os.getuid() + 4242)
+        except CallerError as error:
+            return (
+                "a foreign uid: unknown here (only root can become one to try)",
+                error.reason is Reason.UNKNOWN_CALLER,
+            )
+        return "a foreign uid", False
+    port = stage.app.addresses["reverse"].rpartition(":")[2]
+    lines = ("GET /search/ HTTP/1.1", "Host: 127.0.0.1", f"x-spanlock-workflow: {handle}", "Connection: close", "", "")
+    request = r"\r\n".join(lines)
+    script = f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3"
+    words = [bash, "-c", script]
+    done = await asyncio.to_thread(subprocess.run, words, user=_NOBODY, cwd="/", capture_output=True, check=False)
+    return f"uid {_NOBODY} with a handle that is good: refused", b"unknown_caller" in done.stdout
 
 
 async def _raw(port: int, request: str) -> bytes:
@@ -258,5 +272,16 @@ async def _keep(stage: Stage) -> None:
     print(f"\nRunning; Ctrl-C ends it. In another shell:\n\n  export SPANLOCK_RUN_DIR={stage.dir}/run")
     print(f"  spanlock exec -- curl -s https://{stage.search.host}:{stage.search.port}/v1/items")
     print("  spanlock status; spanlock workflows; spanlock leases")
+    print(f"""
+# the same in Python:
+python3 - <<'END'
+import urllib.request
+from sidecar.client.workflow import workflow
+with workflow("pasted", socket="{stage.agent_socket}") as work:
+    request = urllib.request.Request("http://{reverse}/search/v1/items", headers={{"x-spanlock-workflow": work.handle}})
+    print(urllib.request.urlopen(request).read().decode())
+print(work.report)
+END
+""")
     print(f"  # base URL for SDKs inside a workflow: http://{reverse}/search/   (CA: {ca})", flush=True)
     await asyncio.Event().wait()

@@ -54,7 +54,7 @@ class Socket:
         path: Path,
         services: tuple[str, ...],
         add: Callable[[Any], None],
-        owner: int | None,
+        owner: Agent | None,
         serving: Callable[[], bool],
     ) -> None:
         self.path = path
@@ -97,13 +97,19 @@ class Socket:
         return server
 
     def _protect(self) -> None:
-        """0660 for an agent's socket, owned by the agent's uid when we may give it; 0600 for the operator's.
+        """0660 for an agent's socket, owned by the agent's uid when we may give it and of its group; 0600 for the operator's.
 
         The directory stays ours: an agent that could rename in it could lead this chown elsewhere.
         """
-        self.path.chmod(0o600 if self._owner is None else 0o660)
-        if self._owner is not None and self._owner != os.getuid() and os.geteuid() == 0:
-            os.chown(self.path, self._owner, -1, follow_symlinks=False)
+        agent = self._owner
+        self.path.chmod(0o600 if agent is None else 0o660)
+        if agent is not None:
+            uid = agent.uid if os.geteuid() == 0 and agent.uid != os.getuid() else -1
+            try:
+                os.chown(self.path, uid, agent.gid if agent.gid is not None else -1, follow_symlinks=False)
+            except PermissionError:
+                what = f"agents: {agent.name}: gid {agent.gid}: the sidecar is not in that group; add it to it"
+                raise ConfigError(Reason.CONFIG_INVALID, what) from None
 
     async def stop(self, grace: float) -> None:
         """Ends the server; calls under way get `grace` seconds."""
@@ -123,7 +129,7 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent.uid, serving)
+    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:

@@ -39,6 +39,12 @@ class AgentConfig(BaseModel):
     hint: str | None = Field(default=None, max_length=1024, description="Chooses among several SVIDs of that ID.")
     uid: int | None = Field(default=None, ge=0, description="The uid its processes run as. Default: the sidecar's own.")
 
+    gid: int | None = Field(
+        default=None,
+        ge=0,
+        description="Group of the agent's socket; the sidecar must be in it, or root. Default: ours.",
+    )
+
     @field_validator("spiffe_id")
     @classmethod
     def _spiffe_id(cls, value: str) -> str:
@@ -49,4 +55,4 @@ class AgentConfig(BaseModel):
 
     def build(self) -> Agent:
         """The noun; a missing uid is the sidecar's own (isolation: same-uid)."""
-        return Agent(self.name, self.spiffe_id, self.hint, os.getuid() if self.uid is None else self.uid)
+        return Agent(self.name, self.spiffe_id, self.hint, os.getuid() if self.uid is None else self.uid, self.gid)

@@ -12,6 +12,8 @@ class Agent:
     hint: str | None = None
     uid: int = -1
     """The uid its processes run as."""
+    gid: int | None = None
+    """The group that may open its socket, besides the owner; None: ours."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,10 +78,13 @@ def intercepted(bench: Bench, daemon: Daemon, proxy: str, peers: dict[str, int])
         {
             "spanlock": (daemon.pid, lambda: load.tls(bench.dir, proxy)),
             "goproxy": (peers["go_intercept"], lambda: load.tls(bench.dir, "http://127.0.0.1:9071")),
+            "goproxy as it comes": (peers["go_stock"], lambda: load.tls(bench.dir, "http://127.0.0.1:9073")),
             "mitmproxy": (peers["mitm_explicit"], lambda: load.tls(bench.dir, "http://127.0.0.1:9072")),
         }
     )
-    return against("TLS interception, CPU a request", costs, {"goproxy": 0.7, "mitmproxy": 1 / 10})
+    return against(
+        "TLS interception, CPU a request", costs, {"goproxy": 0.7, "goproxy as it comes": 0.7, "mitmproxy": None}
+    )
 
 
 def closes(daemon: Daemon) -> list[Row]:
@@ -118,6 +121,7 @@ def run(bench: Bench) -> list[Row]:
     rows += closes(daemon)
     peers = {
         "haproxy": bench.haproxy(), "go_reverse": bench.go_reverse(), "go_intercept": bench.go_intercept(),
+        "go_stock": bench.go_intercept_stock(),
         "mitm_reverse": bench.mitmproxy_reverse(), "mitm_explicit": bench.mitmproxy_explicit(),
     }  # fmt: skip
     workflow = daemon.open(listener=True)

@@ -131,6 +131,9 @@ class Bench:
     def go_intercept(self) -> int:
         return self.start(PROXY_CORE, 9071, str(self.dir / "intercept"))
 
+    def go_intercept_stock(self) -> int:
+        return self.start(PROXY_CORE, 9073, str(self.dir / "intercept"), "stock")
+
     def mitmdump(self) -> str:
         """Its program, from a virtual environment in the cache: it pins other versions of what we use."""
         venv = CACHE / "mitmproxy"
