@@ -27,8 +27,9 @@ The way of a request is one function, `proxy/flow.py: Flow.serve`: accept → wh
 driven without a Task until it must really wait (`proxy/driver.py`).
 
 The way of a credential is `credentials/broker.py` over the table in `model/lease.py`: SVID → exchanger → lease → injected →
-renewed → dropped → revoked; `minting.py` is its one exchange, `ending.py` what follows a drop. A drop is synchronous and total; what was minted is reachable to the revoker alone, until the
-issuer has taken it back or it has expired. A close that meets an exchange in flight is a transition of its own.
+renewed → dropped → revoked; `minting.py` is its one exchange, `ending.py` what follows a drop. A drop is synchronous and
+total; what was minted is reachable to the revoker alone, until the issuer has taken it back or it has expired. A close that
+meets an exchange in flight is a transition of its own.
 
 News travels up by callbacks that `app.py` wires: nothing below knows who listens.
 """
