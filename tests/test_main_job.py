@@ -2,10 +2,7 @@
 
 import asyncio
 import base64
-import json
 import os
-import subprocess
-import sys
 
 import grpc
 import httpx
@@ -221,49 +218,6 @@ async def test_uploads_and_expect_100_continue() -> None:
         import hashlib
 
         assert answer.json()["body_sha256"] == hashlib.sha256(body).hexdigest()
-
-
-async def test_exec_runs_curl_unchanged(tmp_path: object) -> None:
-    async with ready_stage() as stage:
-        receipt = stage.dir / "receipt.json"
-        environment = {**os.environ, "SPANLOCK_SOCKET": str(stage.agent_socket), "NO_PROXY": "*"}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "exec", "--receipt", str(receipt), "--",
-            "curl", "-sS", url(stage.search), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        out, err = await process.communicate()
-        assert process.returncode == 0, err.decode()
-        assert json.loads(out)["tool"] == "search.tool.test"
-        assert "1 credentials: 1 confirmed dead" in err.decode().splitlines()[-1]
-        assert json.loads(receipt.read_text())["credentials"][0]["at_issuer"] == "confirmed"
-
-
-@pytest.mark.parametrize(
-    ("words", "status"),
-    [
-        (["sh", "-c", "exit 7"], 7),
-        (["/no/such/thing"], 127),
-        (["/etc/hostname"], 126),
-        (["sh", "-c", "kill -TERM $$"], 143),
-    ],
-)
-async def test_exec_passes_the_exit_status(words: list[str], status: int) -> None:
-    async with ready_stage() as stage:
-        environment = {**os.environ, "SPANLOCK_SOCKET": str(stage.agent_socket)}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "exec", "--", *words, env=environment, stderr=subprocess.DEVNULL
-        )
-        assert await process.wait() == status
-
-
-async def test_exec_without_a_sidecar_says_what_to_do() -> None:
-    environment = {**os.environ, "SPANLOCK_RUN_DIR": "/nonexistent"}
-    environment.pop("SPANLOCK_SOCKET", None)
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "exec", "--", "true", env=environment, stderr=subprocess.PIPE
-    )
-    _, err = await process.communicate()
-    assert process.returncode == 125 and b"spanlock run" in err
 
 
 async def test_basic_proxy_authorization_is_read() -> None:

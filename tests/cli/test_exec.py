@@ -102,7 +102,7 @@ async def test_a_sidecar_is_embedded_when_none_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "status"), [(["false"], 1), (["sh", "-c", "exit 42"], 42), (["/nonexistent"], 127), (["/etc/passwd"], 126),
-                            (["sh", "-c", "kill -9 $$"], 137)]
+                            (["sh", "-c", "kill -9 $$"], 137), (["sh", "-c", "kill -TERM $$"], 143)]
 )  # fmt: skip
 async def test_the_exit_status_is_passed(stage: Stage, command: list[str], status: int) -> None:
     assert (await run(*words_of(*command), env=variables(stage)))[0] == status
