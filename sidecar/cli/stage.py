@@ -25,10 +25,10 @@ permit(principal == Spanlock::Agent::"demo", action, resource == Spanlock::Tool:
 @id("no-admin") forbid(principal, action == Spanlock::Action::"http.request", resource)
 when { context.path like "/admin*" };
 """
-CONFIG = """\
-spiffe: {{socket: "unix://{dir}/spire.sock"}}
+_CONFIG = """\
+spiffe: {{socket: "unix://{spire}"}}
 agents: [{{name: demo, spiffe_id: "{agent}", uid: {uid}}}]
-issuers: [{{name: demo-issuer, kind: token_exchange, issuer: "{issuer}", subject: {subject}}}]
+issuers: [{issuer}]
 policy: {{files: [policy.cedar], environment: demo}}
 listeners: {{explicit: "127.0.0.1:0", reverse: "127.0.0.1:0"}}
 otlp: {{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}}
@@ -37,25 +37,28 @@ limits: {{drain_seconds: 0.2}}
 audit: {{file: "{dir}/audit.jsonl"}}
 run_dir: "{dir}/run"
 tools:
-- name: search
-  url: https://search.tool.test:{search_port}
+"""
+_TOOL = """\
+- name: {name}
+  url: https://{name}.tool.test:{port}
   address: 127.0.0.1
-  issuer: demo-issuer
-  audience: tool-search
-  scopes: [search:read]
+  issuer: {issuer}
+  audience: {audience}
+  scopes: ["{scope}"]
   ca_file: {dir}/tools-ca.pem
-  token_check: introspection
-  introspection: {{client_id: tool-search, secret_file: "{dir}/tool-search.secret"}}
-- name: reports
-  url: https://reports.tool.test:{reports_port}
-  address: 127.0.0.1
-  issuer: demo-issuer
-  audience: tool-reports
-  scopes: [reports:read]
-  ca_file: {dir}/tools-ca.pem
-  token_check: offline
-  introspection: {{client_id: tool-reports, secret_file: "{dir}/tool-reports.secret"}}
-{more}"""
+  token_check: {check}
+  introspection: {{client_id: {audience}, secret_file: "{dir}/{audience}.secret"}}
+"""
+
+
+def config_of(directory: Path, *, spire: Path, agent: str, issuer: str, health: int = 0) -> str:
+    """spanlock.yaml of a sidecar on loopback for one agent, up to its tools. `issuer`: one entry, in flow style."""
+    return _CONFIG.format(dir=directory, spire=spire, agent=agent, uid=os.getuid(), issuer=issuer, health=health)
+
+
+def tool_entry(directory: Path, *, name: str, port: int, issuer: str, audience: str, scope: str, check: str) -> str:
+    """A tool's entry; its CA and its introspection secret are files in `directory`."""
+    return _TOOL.format(dir=directory, name=name, port=port, issuer=issuer, audience=audience, scope=scope, check=check)
 
 
 def _permit(tool: str) -> str:
@@ -109,11 +112,17 @@ class Servers:
 
     def config_text(self) -> str:
         """spanlock.yaml of this world."""
-        return CONFIG.format(
-            dir=self.dir, agent=AGENT_ID, uid=os.getuid(), issuer=self.issuer.issuer, subject=self._subject,
-            health=self._health, search_port=self.search.port, reports_port=self.reports.port,
-            more=self._more.format(dir=self.dir),
-        )  # fmt: skip
+        issuer = (
+            f'{{name: demo-issuer, kind: token_exchange, issuer: "{self.issuer.issuer}", subject: {self._subject}}}'
+        )
+        text = config_of(self.dir, spire=self.dir / "spire.sock", agent=AGENT_ID, issuer=issuer, health=self._health)
+        for tool, check in ((self.search, "introspection"), (self.reports, "offline")):
+            name = tool.host.partition(".")[0]
+            text += tool_entry(
+                self.dir, name=name, port=tool.port, issuer="demo-issuer", audience=f"tool-{name}", scope=f"{name}:read",
+                check=check,
+            )  # fmt: skip
+        return text + self._more.format(dir=self.dir)
 
     @property
     def agent_socket(self) -> Path:

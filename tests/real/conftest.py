@@ -8,42 +8,13 @@ from pathlib import Path
 import pytest
 
 from sidecar.app import App, world
+from sidecar.cli.stage import config_of, tool_entry
 from sidecar.config.load import parse
 from sidecar.demo.pki import DemoPki
 from tests.real.servers import AGENT_ID, BundleServer, Keycloak, Spire
 from tests.real.tool import RealTool
 
 POLICY = 'permit(principal == Spanlock::Agent::"demo", action, resource);\n'
-CONFIG = """\
-spiffe: {{socket: "unix://{spire}"}}
-agents: [{{name: demo, spiffe_id: "{agent}", uid: {uid}}}]
-issuers: [{{name: keycloak, kind: token_exchange, issuer: "{issuer}"}}]
-policy: {{files: [policy.cedar], environment: test}}
-listeners: {{explicit: "127.0.0.1:0", reverse: "127.0.0.1:0"}}
-otlp: {{grpc: "127.0.0.1:0", http: "127.0.0.1:0"}}
-health: "127.0.0.1:0"
-limits: {{drain_seconds: 0.2}}
-audit: {{file: "{dir}/audit.jsonl"}}
-run_dir: "{dir}/run"
-tools:
-- name: search
-  url: https://search.tool.test:{port}
-  address: 127.0.0.1
-  issuer: keycloak
-  audience: tool-search
-  scopes: ["search:read"]
-  ca_file: {dir}/ca.pem
-  token_check: introspection
-  introspection: {{client_id: tool-search, secret_file: "{dir}/secret"}}
-- name: lenient
-  url: https://lenient.tool.test:{lenient_port}
-  address: 127.0.0.1
-  issuer: keycloak
-  audience: tool-search
-  scopes: ["search:read"]
-  ca_file: {dir}/ca.pem
-  introspection: {{client_id: tool-search, secret_file: "{dir}/secret"}}
-"""
 
 
 @pytest.fixture(scope="session")
@@ -90,17 +61,21 @@ class RealStage:
         for tool in (self.search, self.lenient):
             await tool.start(self.pki.server_context(tool.host))
         (self.dir / "policy.cedar").write_text(POLICY)
-        (self.dir / "ca.pem").write_text(self.pki.pem)
-        (self.dir / "secret").write_text(self.secret)
-        text = CONFIG.format(
-            spire=self.spire.socket,
-            agent=AGENT_ID,
-            uid=os.getuid(),
-            issuer=self.keycloak.issuer,
-            dir=self.dir,
-            port=self.search.port,
-            lenient_port=self.lenient.port,
-        )
+        (self.dir / "tools-ca.pem").write_text(self.pki.pem)
+        (self.dir / "tool-search.secret").write_text(self.secret)
+        issuer = f'{{name: keycloak, kind: token_exchange, issuer: "{self.keycloak.issuer}"}}'
+        text = config_of(self.dir, spire=self.spire.socket, agent=AGENT_ID, issuer=issuer)
+        for name, tool in (("search", self.search), ("lenient", self.lenient)):
+            check = "introspection" if tool is self.search else "unknown"
+            text += tool_entry(
+                self.dir,
+                name=name,
+                port=tool.port,
+                issuer="keycloak",
+                audience="tool-search",
+                scope="search:read",
+                check=check,
+            )
         self.app = App(parse(text, "real"), self.dir / "spanlock.yaml", world())
         await self.app.start()
 
