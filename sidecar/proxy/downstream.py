@@ -41,6 +41,11 @@ def _handshake_refusal(error: Exception) -> CallerError:
 class Connection(asyncio.Protocol):
     """One connection from an agent. `connections` (the listener's set) holds it while it lives."""
 
+    __slots__ = (
+        "_buffer", "_chunked_reply", "_connections", "_fields", "_intercepting", "_joined", "_own_workflow", "_paused",
+        "_refusal", "_transport", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
+    )  # fmt: skip
+
     def __init__(self, plane: Plane, mode: Mode, connections: "set[Connection]", workflow: str | None = None) -> None:
         self.plane = plane
         self.mode = mode

@@ -48,19 +48,23 @@ class Fields:
     def read(self, lines: list[bytes]) -> list[Field] | None:
         """The fields of these lines, without their CRLF; None when one is not a field by the grammar."""
         known = self._known
+        try:
+            return [known[line] for line in lines]
+        except KeyError:
+            return self._read_anew(lines)
+
+    def _read_anew(self, lines: list[bytes]) -> list[Field] | None:
         fields: list[Field] = []
         for line in lines:
-            field = known.get(line)
-            if field is None:
-                match = _FIELD_LINE.fullmatch(line)
-                if match is None:
-                    return None
-                name, value = match[1].lower(), match[2].rstrip(b" \t")
-                field = Field(name, value, b"%b: %b\r\n" % (name, value))
-                if len(known) >= _REMEMBERED:
-                    known.clear()
-                known[line] = field
-            fields.append(field)
+            match = _FIELD_LINE.fullmatch(line)
+            if match is None:
+                return None
+            name, value = match[1].lower(), match[2].rstrip(b" \t")
+            fields.append(Field(name, value, b"%b: %b\r\n" % (name, value)))
+        known = self._known
+        known.update(zip(lines, fields, strict=True))
+        if len(known) > _REMEMBERED:
+            known.clear()
         return fields
 
 

@@ -30,6 +30,11 @@ class Carried(Protocol):
 class Upstream(asyncio.Protocol):
     """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
 
+    __slots__ = (
+        "_buffer", "_fields", "_framing", "address", "answered", "bytes_in", "complete", "error", "flow", "response", "reused",
+        "tool", "transport", "workflow",
+    )  # fmt: skip
+
     def __init__(self, workflow: str, tool: str, address: str) -> None:
         self.workflow = workflow
         self.tool = tool
