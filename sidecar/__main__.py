@@ -1,5 +1,19 @@
-"""`python -m sidecar` is `spanlock`."""
+"""`spanlock`, and `python -m sidecar`. Agents install the library alone, which has no command: that is said in one line."""
 
-from sidecar.cli.main import main
+import importlib
+import sys
 
-main()
+
+def main() -> None:
+    """The console script."""
+    try:
+        command = importlib.import_module("sidecar.cli.main")
+    except ModuleNotFoundError as missing:
+        if missing.name != "typer":
+            raise
+        sys.exit("spanlock: this is the library alone; the command comes with: pip install 'spanlock[sidecar]'")
+    command.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -63,3 +63,15 @@ async def test_the_span_processor_opens_and_closes_with_the_root_span() -> None:
         gone = stage.app.registry.wait_closed(noun)
         root.end()
         await asyncio.wait_for(gone, 5)
+
+
+def test_the_library_alone_says_where_its_command_is() -> None:
+    script = (
+        "import sys; sys.modules['typer'] = None; import sidecar.__main__ as m\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise ModuleNotFoundError(name=name)\n"
+        "del sys.modules['typer']; sys.meta_path.insert(0, Missing()); m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "spanlock[sidecar]" in done.stderr and "Traceback" not in done.stderr
