@@ -15,6 +15,11 @@ class Callers:
         for agent in self.agents.values():
             self._by_uid[agent.uid] = self._by_uid.get(agent.uid, frozenset()) | {agent.name}
 
+    @property
+    def uids(self) -> int:
+        """How many different ones the declared agents have."""
+        return len(self._by_uid)
+
     def by_uid(self, uid: int) -> Caller:
         """Raises `CallerError` (unknown_caller)."""
         names = self._by_uid.get(uid)

@@ -19,7 +19,12 @@ class LimitsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    connections: int = Field(default=4096, ge=1, le=65536, description="Open connections from agents.")
+    connections: int = Field(
+        default=4096,
+        ge=1,
+        le=65536,
+        description="Open connections from agents; where their uids differ, one uid has half at most.",
+    )
     request_head_seconds: float = Field(default=30.0, gt=0, description="For a request's head to arrive in full.")
     keep_alive_seconds: float = Field(default=300.0, gt=0, description="An idle connection is closed after this long.")
     drain_seconds: float = Field(default=10.0, ge=0, description="For calls in flight to end at shutdown.")

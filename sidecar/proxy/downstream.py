@@ -77,8 +77,17 @@ class Connection(asyncio.Protocol):
                 raise CallerError(Reason.TOO_MANY_CONNECTIONS, "the limit of open connections is reached")
             caller = self.plane.find_caller(transport.get_extra_info("sockname"), transport.get_extra_info("peername"))
             self.caller = Caller(caller.uid, caller.agents, self._own_workflow)
+            if self._crowds_out():
+                raise CallerError(Reason.TOO_MANY_CONNECTIONS, "this uid holds half of all connections already")
         except SpanlockError as error:
             self._refusal = error
+
+    def _crowds_out(self) -> bool:
+        """One uid may hold half of all connections at most when others are declared: its flood is not theirs."""
+        half = self.plane.limits.connections // 2
+        if len(self._connections) <= half or self.plane.callers.uids == 1:
+            return False
+        return sum(other.caller.uid == self.caller.uid for other in self._connections) > half
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Inside a tunnel: `start_tls` calls no `connection_made`, and data may have come before it returned."""

@@ -11,7 +11,9 @@ import pytest
 from sidecar.app import World
 from sidecar.cli.stage import Stage
 from sidecar.errors import CallerError, Reason
+from sidecar.identity.callers import Callers
 from sidecar.model.audit import FlowRecord
+from sidecar.model.caller import Agent, Caller
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.upstream import Upstream
 from tests.fakes.clock import FakeClock
@@ -141,6 +143,29 @@ async def test_a_cut_from_inside_its_own_stack(monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(stage.app.broker, "use", cutting)
             workflow = await opened(stage)
             assert reason_of(await call(stage, workflow.handle)) == "workflow_closed" and len(watched.records) == 1
+
+
+async def test_one_uids_flood_does_not_shut_out_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ready_stage() as stage:
+        app = stage.app
+        monkeypatch.setattr(app.plane, "limits", app.plane.limits.model_copy(update={"connections": 8}))
+        mine = app.callers.by_agent("demo")
+        declared = Callers(
+            [*app.callers.agents.values(), Agent("other", "spiffe://demo.spanlock.test/other", uid=mine.uid + 1)]
+        )
+        monkeypatch.setattr(app.plane, "callers", declared)
+        who = [mine]
+        monkeypatch.setattr(app.plane, "find_caller", lambda local, peer: who[0])
+        workflow, port = await opened(stage), port_of(app.addresses["reverse"])
+        flood = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        async with asyncio.timeout(5):
+            while len(app.listeners.connections) < 4:
+                await asyncio.sleep(0)
+        assert reason_of(await call(stage, workflow.handle)) == "too_many_connections"
+        who[0] = Caller(mine.uid + 1, mine.agents)
+        assert b"200 OK" in await call(stage, workflow.handle), "the other's calls go on"
+        for _, writer in flood:
+            writer.close()
 
 
 # -- time -----------------------------------------------------------------------------------------------------------------
