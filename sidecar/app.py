@@ -81,7 +81,6 @@ class App:
         self.metrics = Metrics()
         tools = {tool.name: tool for tool in (t.build() for t in settings.tools)}
         agents = {agent.name: agent for agent in (a.build() for a in settings.agents)}
-        self.callers = Callers(agents.values())
         self.svids = WorkloadSvids(
             WorkloadApi(settings.spiffe.socket),
             list(agents.values()),
@@ -105,7 +104,7 @@ class App:
         self.pool = Pool(self.background, around.resolve, self._own_ports)
         https = {tool.authority.host for tool in tools.values() if tool.scheme == "https"}
         self.plane = Plane(
-            registry=self.registry, router=Router(tools.values()), callers=self.callers, decider=self.decider,
+            registry=self.registry, router=Router(tools.values()), callers=Callers(agents.values()), decider=self.decider,
             broker=self.broker, pool=self.pool, audit=self.audit, metrics=self.metrics, tracer=self.tracer, clock=clock,
             ca=CertificateAuthority(https, clock), background=self.background, limits=settings.limits,
             find_caller=self.find_caller,
@@ -228,7 +227,7 @@ class App:
         gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
         self.decider.replace(policy, agents, tools)
         self.broker.replace(exchangers)
-        self.callers = self.plane.callers = callers
+        self.plane.callers = callers
         self.svids.replace_agents(list(agents.values()))
         self.plane.router = router
         self.settings = settings
@@ -265,6 +264,11 @@ class App:
         return names
 
     # -- what the parts tell us ---------------------------------------------------------------------------------
+
+    @property
+    def callers(self) -> Callers:
+        """The declared agents; a reload makes new ones."""
+        return self.plane.callers
 
     def find_caller(self, local: tuple[str, int], peer: tuple[str, int]) -> Caller:
         """Who is at the other end of a loopback connection. Raises `CallerError` (unknown_caller)."""

@@ -14,6 +14,7 @@ import pytest
 
 from sidecar.app import World
 from sidecar.cli import environment
+from sidecar.cli.stage import Stage
 from sidecar.clock import SystemClock
 from sidecar.credentials.header import render
 from sidecar.demo.tools import DemoTool
@@ -540,15 +541,20 @@ async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent() -> No
                     continue
 
 
+def lead_to(stage: Stage, port: int) -> None:
+    """The tool `search`, by its right name, at an impostor's port."""
+    tool = stage.app.plane.router.by_name("search")
+    stage.app.plane.router = Router([ToolConfig(
+        name="search", url=f"https://{tool.authority.host}:{port}", issuer="demo-issuer", audience="tool-search",
+        scopes=("search:read",), address="127.0.0.1", ca_file=f"{stage.dir}/tools-ca.pem",
+    ).build()])  # fmt: skip
+
+
 async def test_l6_a_wrong_certificate_costs_no_exchange_and_gets_no_byte() -> None:
     async with ready_stage() as stage:
         impostor = DemoTool("impostor.test", "offline", stage.issuer.issuer, ("tool-search", "x"))
         await impostor.start(stage.pki.server_context("impostor.test"))
-        tool = stage.app.plane.router.by_name("search")
-        stage.app.plane.router = Router([ToolConfig(
-            name="search", url=f"https://{tool.authority.host}:{impostor.port}", issuer="demo-issuer", audience="tool-search",
-            scopes=("search:read",), address="127.0.0.1", ca_file=f"{stage.dir}/tools-ca.pem",
-        ).build()])  # fmt: skip
+        lead_to(stage, impostor.port)
         workflow = await opened(stage)
         async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": workflow.handle}) as agent:
             answer = await agent.get(f"http://{stage.app.addresses['reverse']}/search/x")
@@ -569,11 +575,7 @@ async def test_l6b_nothing_is_written_before_the_peer_is_verified() -> None:
             while recorder.received != b"control":
                 await asyncio.sleep(0)
         writer.close()
-        tool = stage.app.plane.router.by_name("search")
-        stage.app.plane.router = Router([ToolConfig(
-            name="search", url=f"https://{tool.authority.host}:{port}", issuer="demo-issuer", audience="tool-search",
-            scopes=("search:read",), address="127.0.0.1", ca_file=f"{stage.dir}/tools-ca.pem",
-        ).build()])  # fmt: skip
+        lead_to(stage, port)
         workflow = await opened(stage)
         async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": workflow.handle}) as agent:
             answer = await agent.post(f"http://{stage.app.addresses['reverse']}/search/x", content=b"body")

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import typer
@@ -23,6 +23,7 @@ from sidecar.cli import environment
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
+_Answer = TypeVar("_Answer")
 _FAILED = 125
 _START_SECONDS = 15.0
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -151,32 +152,37 @@ def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Po
     run_dir = private / "run"
     words = [sys.executable, "-m", "sidecar", "run", "-c", config, "--embedded-in", str(run_dir)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + _START_SECONDS  # noqa: TID251 - a process of its own, waiting for another
-    while time.monotonic() < deadline:  # noqa: TID251
+
+    def listening() -> Path | None:
         if process.poll() is not None:
             raise _Failure("the embedded sidecar did not start; its messages are above")
-        socket = _socket_in(run_dir, agent)
-        if socket is not None:
-            return process, socket
-        time.sleep(0.02)
-    process.terminate()
-    raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
+        return _socket_in(run_dir, agent)
+
+    socket = _await(listening)
+    if socket is None:
+        process.terminate()
+        raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
+    return process, socket
 
 
 def _await_identity(socket: Path) -> None:
     """A command that started before its identity had come would be refused its first calls."""
-    deadline = time.monotonic() + _START_SECONDS  # noqa: TID251 - a process of its own, waiting for another
     with grpc.insecure_channel(f"unix:{socket}") as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         try:
-            while check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.SERVING:
-                if time.monotonic() > deadline:  # noqa: TID251
-                    raise _Failure(
-                        f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why"
-                    )
-                time.sleep(0.02)
+            request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
+            if not _await(lambda: check(request).status == serving):
+                raise _Failure(f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why")
         except grpc.RpcError as error:
             raise _Failure(f"no sidecar answers on {socket}: {error.details()}") from None
+
+
+def _await(ask: Callable[[], _Answer]) -> _Answer:
+    """What another process says once it has something to say; at the deadline, what it said last."""
+    deadline = time.monotonic() + _START_SECONDS  # noqa: TID251 - a process of its own, waiting for another
+    while not (answer := ask()) and time.monotonic() < deadline:  # noqa: TID251
+        time.sleep(0.02)
+    return answer
 
 
 def _run(cmd: list[str], variables: dict[str, str]) -> int:

@@ -40,11 +40,19 @@ class StatusPage:
 
     def ready(self) -> tuple[bool, list[Row]]:
         """Ready: every agent has an identity, and we are not draining. Issuers that fail are told, as calls may go on."""
-        rows = [*self.svids.health(), *self.broker.health(), self._policy_row(), self._audit_row()]
-        for name in self.callers().agents:
-            problem = self.svids.problem(name)
-            rows.append({"name": f"identity {name}", "ok": not problem, "last_error": problem})
-        return self.svids.ready and not self.draining(), rows
+        problems = self._problems()
+        identities = [{"name": f"identity {name}", "ok": not why, "last_error": why} for name, why in problems.items()]
+        return self._is_ready(problems), [*self._dependencies(), *identities]
+
+    def _is_ready(self, problems: dict[str, str]) -> bool:
+        return not any(problems.values()) and not self.draining()
+
+    def _problems(self) -> dict[str, str]:
+        """Why each declared agent has no identity; empty: it has one."""
+        return {name: self.svids.problem(name) for name in self.callers().agents}
+
+    def _dependencies(self) -> list[Row]:
+        return [*self.svids.health(), *self.broker.health(), self._policy_row(), self._audit_row()]
 
     def _policy_row(self) -> Row:
         digest = self.decider.digest[:16]
@@ -60,14 +68,12 @@ class StatusPage:
 
     def response(self) -> pb.StatusResponse:
         """For `Admin.Status`."""
-        ready, rows = self.ready()
-        identities = [row for row in rows if str(row["name"]).startswith("identity ")]
-        problems = [str(row["last_error"]) for row in identities if not row["ok"]]
+        problems = self._problems()
         response = pb.StatusResponse(
             version=__version__,
             started_at=convert.timestamp(self.started_at),
-            ready=ready,
-            not_ready_because="shutting down" if self.draining() else "; ".join(problems),
+            ready=self._is_ready(problems),
+            not_ready_because="shutting down" if self.draining() else "; ".join(filter(None, problems.values())),
             open_workflows=self.registry.open_count,
             active_leases=len(self.broker.live),
             revocation_backlog=self.broker.revoker.backlog,
@@ -75,12 +81,12 @@ class StatusPage:
             policy_digest=self.decider.digest,
             ca_fingerprint=self.ca_fingerprint,
             listeners=[f"{name} {address}" for name, address in self.addresses.items()],
-            dependencies=[_dependency(row) for row in rows if row not in identities],
+            dependencies=map(_dependency, self._dependencies()),
         )
         for agent in self.callers().agents.values():
             response.agents.add(
                 name=agent.name, spiffe_id=agent.spiffe_id, svid_expires_at=convert.timestamp(self.svids.expiry(agent.name)),
-                isolation=isolation(agent, os.getuid()), problem=self.svids.problem(agent.name),
+                isolation=isolation(agent, os.getuid()), problem=problems[agent.name],
             )  # fmt: skip
         for flow in self.denials():
             at = convert.timestamp(flow.time)

@@ -29,15 +29,13 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             except DecodeError:
                 return _Unreadable()
 
-        kind = (
-            "stream_stream"
-            if handler.request_streaming
-            else "unary_stream"
-            if handler.response_streaming
-            else "unary_unary"
-        )
-        guard = {"stream_stream": _guard_streams, "unary_stream": _guard_stream, "unary_unary": _guard_unary}[kind]
-        return handler._replace(request_deserializer=deserializer, **{kind: guard(getattr(handler, kind))})
+        if handler.request_streaming:
+            guarded = {"stream_stream": _guard_streams(handler.stream_stream)}
+        elif handler.response_streaming:
+            guarded = {"unary_stream": _guard_stream(handler.unary_stream)}
+        else:
+            guarded = {"unary_unary": _guard_unary(handler.unary_unary)}
+        return handler._replace(request_deserializer=deserializer, **guarded)
 
 
 def _unreadable() -> CallerError:

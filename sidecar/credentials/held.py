@@ -1,6 +1,7 @@
 """What the credentials package knows of each lease besides the lease itself, and the index of all live ones."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sidecar.credentials.revoker import Ended
@@ -41,11 +42,11 @@ class Held:
     dropped_at: float = 0.0
     """Monotonic seconds."""
 
-    def minted(self, records: list[RevocationRecord] | tuple[RevocationRecord, ...]) -> None:
+    def minted(self, records: Sequence[RevocationRecord]) -> None:
         """Notes how long what was minted may live."""
         self.expires_at = max(self.expires_at, *(record.expires_at for record in records))
 
-    def doom(self, records: list[RevocationRecord] | tuple[RevocationRecord, ...]) -> None:
+    def doom(self, records: Sequence[RevocationRecord]) -> None:
         """Hands tokens that nobody may use any more to the revoker."""
         if records:
             self.doomed.extend(records)

@@ -38,7 +38,6 @@ class AgentConfig(BaseModel):
     spiffe_id: str = Field(description="The identity that the sidecar holds for it.")
     hint: str | None = Field(default=None, max_length=1024, description="Chooses among several SVIDs of that ID.")
     uid: int | None = Field(default=None, ge=0, description="The uid its processes run as. Default: the sidecar's own.")
-
     gid: int | None = Field(
         default=None,
         ge=0,
