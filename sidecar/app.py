@@ -37,10 +37,10 @@ from sidecar.model.workflow import CloseReason, Workflow
 from sidecar.policy.decider import Decider
 from sidecar.policy.load import load_policy
 from sidecar.proxy.ca import CertificateAuthority
-from sidecar.proxy.destination import Mode
 from sidecar.proxy.egress import Resolve, system_resolver
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.listener import Listeners
+from sidecar.proxy.outbox import Outbox
 from sidecar.proxy.plane import Plane
 from sidecar.proxy.pool import Pool
 from sidecar.tasks import Background
@@ -101,12 +101,13 @@ class App:
         sink = StdoutSink() if settings.audit.file == "-" else _file_sink(settings.audit.file)
         self.audit = AuditLog(sink, clock, self.metrics.audit_lost.inc)
         self.tracer = Tracer(settings.telemetry.otlp_endpoint, clock)
-        self.pool = Pool(self.background, around.resolve, self._own_ports)
+        outbox = Outbox()
+        self.pool = Pool(self.background, outbox, around.resolve, self._own_ports)
         https = {tool.authority.host for tool in tools.values() if tool.scheme == "https"}
         self.plane = Plane(
             registry=self.registry, router=Router(tools.values()), callers=Callers(agents.values()), decider=self.decider,
             broker=self.broker, pool=self.pool, audit=self.audit, metrics=self.metrics, tracer=self.tracer, clock=clock,
-            ca=CertificateAuthority(https, clock), background=self.background, limits=settings.limits,
+            ca=CertificateAuthority(https, clock), outbox=outbox, background=self.background, limits=settings.limits,
             find_caller=self.find_caller,
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
@@ -138,9 +139,10 @@ class App:
         spawn(self.tracer.run(), "tracer")
         spawn(self.listeners.sweep(self.clock), "sweep")
         listeners = self.settings.listeners
-        for mode, address in ((Mode.EXPLICIT, listeners.explicit), (Mode.REVERSE, listeners.reverse)):
-            if address is not None:
-                self.addresses[mode.value] = await self.listeners.open(address, mode)
+        if listeners.explicit is not None:
+            self.addresses["explicit"] = await self.listeners.open(listeners.explicit, "explicit")
+        if listeners.reverse is not None:
+            self.addresses["reverse"] = await self.listeners.open(listeners.reverse, "reverse")
         await self.otlp.start()
         if self.health is not None:
             await self.health.start()

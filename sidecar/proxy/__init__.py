@@ -2,6 +2,6 @@
 
 Read in this order: `listener` (accept, who is calling), `downstream` (the agent's connection), `http1` and `framing`
 (strict HTTP/1.1), `flow` (THE REQUEST, top to bottom), `destination` (the names agree), `pool` and `egress` (resolve,
-pin, dial, verify), `inject` (theirs off, ours on), `upstream` (the tool's connection), `rescue` (how a refusal looks),
-`ca` (the certificates of interception).
+pin, dial, verify), `inject` (theirs off, ours on), `upstream` (the tool's connection), `outbox` (what a step writes
+leaves together), `rescue` (how a refusal looks), `ca` (the certificates of interception).
 """

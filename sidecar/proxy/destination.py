@@ -3,8 +3,8 @@
 Three ways in, one rule: the destination is fixed before policy, and nothing that the agent writes can name a second one.
 """
 
-from enum import StrEnum
 from functools import lru_cache
+from typing import Literal
 
 from sidecar.errors import CallerError, Reason
 from sidecar.model.tool import Authority, Tool
@@ -13,13 +13,8 @@ from sidecar.proxy.http1 import RequestHead
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
 
-
-class Mode(StrEnum):
-    """How a call came; in the audit record."""
-
-    EXPLICIT = "explicit"
-    INTERCEPTED = "intercepted"
-    REVERSE = "reverse"
+Mode = Literal["explicit", "intercepted", "reverse"]
+"""How a call came; in the audit record."""
 
 
 def _mismatch(detail: str) -> CallerError:

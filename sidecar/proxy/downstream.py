@@ -17,6 +17,7 @@ from sidecar.proxy.destination import Mode
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.framing import LAST_CHUNK, chunk
 from sidecar.proxy.http1 import MAX_HEAD, Fields, RequestHead, ResponseHead, parse_request
+from sidecar.proxy.outbox import Sender
 from sidecar.proxy.plane import Plane
 
 MAX_AHEAD = 64 * 1024
@@ -38,15 +39,16 @@ def _handshake_refusal(error: Exception) -> CallerError:
     return CallerError(Reason.CLIENT_GONE, "the agent ended the TLS handshake; does it trust the sidecar's CA?")
 
 
-class Connection(asyncio.Protocol):
+class Connection(Sender):
     """One connection from an agent. `connections` (the listener's set) holds it while it lives."""
 
     __slots__ = (
         "_buffer", "_chunked_reply", "_connections", "_fields", "_intercepting", "_joined", "_own_workflow", "_paused",
-        "_refusal", "_transport", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
+        "_refusal", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, mode: Mode, connections: "set[Connection]", workflow: str | None = None) -> None:
+        super().__init__(plane.outbox)
         self.plane = plane
         self.mode = mode
         self.caller = NOBODY
@@ -59,7 +61,6 @@ class Connection(asyncio.Protocol):
         self._connections = connections
         self._own_workflow = workflow
         self._joined: Workflow | None = None
-        self._transport: asyncio.Transport | None = None
         self._buffer = b""
         self._refusal: SpanlockError | None = None
         self._chunked_reply = False
@@ -70,7 +71,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accepts: who is calling is found once, here."""
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         self._connections.add(self)
         try:
             if len(self._connections) > self.plane.limits.connections:
@@ -91,14 +92,14 @@ class Connection(asyncio.Protocol):
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Inside a tunnel: `start_tls` calls no `connection_made`, and data may have come before it returned."""
-        self._transport = transport
+        self.transport = transport
         self._connections.add(self)
         if self._buffer:
             data, self._buffer = self._buffer, b""
             self._advance(data)
 
     def data_received(self, data: bytes) -> None:
-        if self._transport is None:
+        if self.transport is None:
             self._buffer += data
         elif self.flow is not None:
             self._body(self.flow, data)
@@ -108,7 +109,7 @@ class Connection(asyncio.Protocol):
             self._advance(self._buffer + data if self._buffer else data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self.transport = None
         self._connections.discard(self)
         if self._joined is not None:
             self._joined.flows.discard(self)
@@ -188,22 +189,22 @@ class Connection(asyncio.Protocol):
 
     def _hold_back(self) -> None:
         """Stops reading until the tool takes the body: at most one read is ahead."""
-        if self._transport is not None and not self._paused and not self._transport.is_closing():
-            self._transport.pause_reading()
+        if self.transport is not None and not self._paused and not self.transport.is_closing():
+            self.transport.pause_reading()
             self._paused = True
 
     def body_wanted(self, wanted: bool) -> None:
         if not wanted:
             self._hold_back()
-        elif self._paused and self._transport is not None and not self._transport.is_closing():
+        elif self._paused and self.transport is not None and not self.transport.is_closing():
             self._paused = False
-            self._transport.resume_reading()
+            self.transport.resume_reading()
 
     # -- CONNECT ------------------------------------------------------------------------------------------------
 
     def _connect(self, head: RequestHead, rest: bytes) -> None:
         """Fixes the tunnel's one destination, then answers; TLS begins in a task of its own."""
-        if self.mode is not Mode.EXPLICIT:
+        if self.mode != "explicit":
             raise CallerError(Reason.METHOD_REFUSED, "CONNECT is refused inside a tunnel and on the base-URL listener")
         if rest or not head.framing.done:
             raise CallerError(Reason.EARLY_DATA, "bytes followed CONNECT before it was answered")
@@ -222,12 +223,13 @@ class Connection(asyncio.Protocol):
         """Answers 200 and terminates TLS with a leaf for the CONNECT name; a failed handshake ends the connection."""
         loop = asyncio.get_running_loop()
         context = await loop.run_in_executor(None, self.plane.ca.leaf, host)
-        outer = self._transport
+        outer = self.transport
         if outer is None or outer.is_closing():
             return
-        inner = Connection(self.plane, Mode.INTERCEPTED, self._connections)
+        inner = Connection(self.plane, "intercepted", self._connections)
         inner.inherit(self)
-        outer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        self.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        self.flush()
         try:
             transport = await loop.start_tls(
                 outer, inner, context, server_side=True, ssl_handshake_timeout=_HANDSHAKE_SECONDS
@@ -235,7 +237,7 @@ class Connection(asyncio.Protocol):
         except (OSError, ValueError) as error:
             outer.abort()
             inner.connection_lost(None)
-            self.plane.record_refusal(self.caller, Mode.INTERCEPTED, 0, _handshake_refusal(error))
+            self.plane.record_refusal(self.caller, "intercepted", 0, _handshake_refusal(error))
             return
         finally:
             self._connections.discard(self)
@@ -255,7 +257,7 @@ class Connection(asyncio.Protocol):
     # -- answers out (called by the flow) -----------------------------------------------------------------------
 
     def send_continue(self) -> None:
-        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def reply(self, head: ResponseHead, keep_alive: bool, first: bytes) -> None:
         """The response's head, re-serialised, with the `first` bytes of its body; one of unknown length is chunked anew."""
@@ -267,42 +269,33 @@ class Connection(asyncio.Protocol):
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
         if first:
             parts.append(chunk(first) if self._chunked_reply else first)
-        self._write(b"".join(parts))
+        self.write(b"".join(parts))
 
     def relay(self, payload: bytes) -> None:
-        self._write(chunk(payload) if self._chunked_reply else payload)
+        self.write(chunk(payload) if self._chunked_reply else payload)
 
     def end_reply(self) -> None:
         if self._chunked_reply:
-            self._write(LAST_CHUNK)
+            self.write(LAST_CHUNK)
 
     def reject(self, error: SpanlockError, keep_alive: bool) -> int:
         """Answers with the refusal and returns its status."""
         head_only = self.flow is not None and self.flow.method == b"HEAD"
-        self._write(rescue.response(error, keep_alive=keep_alive, head_only=head_only))
+        self.write(rescue.response(error, keep_alive=keep_alive, head_only=head_only))
         return rescue.STATUS[error.reason]
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def close(self) -> None:
-        """Closes after what is written has gone out."""
-        if self._transport is not None:
-            self._transport.close()
 
     def cut(self) -> None:
         """The workflow that this tunnel belongs to closed (model.workflow.LiveFlow). Its flow has been cut by itself."""
-        if self.flow is None and self._transport is not None:
-            self._transport.close()
+        if self.flow is None:
+            self.close()
 
     def flow_ended(self, keep_alive: bool, now: float) -> None:
         """The connection is free for the next request, or ends. `now`: monotonic seconds."""
         self.flow = None
-        if self._transport is None:
+        if self.transport is None:
             return
         if not keep_alive:
-            self._transport.close()
+            self.close()
             return
         self.deadline = now + self.plane.limits.keep_alive_seconds
         self.body_wanted(True)
@@ -311,7 +304,7 @@ class Connection(asyncio.Protocol):
 
     def _resume(self) -> None:
         """The next pipelined request, unless newer bytes have begun it already."""
-        if self._buffer and self.flow is None and self._transport is not None:
+        if self._buffer and self.flow is None and self.transport is not None:
             self._advance(self._buffer)
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -320,21 +313,16 @@ class Connection(asyncio.Protocol):
         """Called by the listener's sweep: a request that never completes, an idle connection, a silent stream."""
         flow = self.flow
         if flow is None:
-            if now > self.deadline and self._transport is not None:
+            if now > self.deadline and self.transport is not None:
                 if self._buffer:
                     self._reject(CallerError(Reason.REQUEST_TIMEOUT, "the request's head did not arrive in time"))
                 else:
-                    self._transport.close()
+                    self.close()
             return
         flow.expire(now)
-
-    def _write(self, data: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(data)
 
     def _reject(self, error: SpanlockError) -> None:
         """A refusal before any flow: answered, recorded, and the connection ends."""
         status = self.reject(error, keep_alive=False)
         self.plane.record_refusal(self.caller, self.mode, status, error)
-        if self._transport is not None:
-            self._transport.close()
+        self.close()

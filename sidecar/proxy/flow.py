@@ -25,7 +25,6 @@ from sidecar.proxy.plane import Plane
 from sidecar.proxy.upstream import Upstream
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
-_INTERCEPTED, _REVERSE = Mode.INTERCEPTED, Mode.REVERSE
 _REFUSED_METHODS = frozenset((b"TRACE", b"TRACK", b"CONNECT"))
 
 
@@ -91,8 +90,12 @@ class Flow(Driven):
             self.route = route = self.plane.router.route(tool, target)  # which tool, which canonical path
             self.permit = permit = self._permitted(workflow, route)  # may it
             for first in (True, False):
-                upstream = await self._connection(workflow, tool, fresh=not first)  # resolve, pin, dial, verify
-                lease = await self._lease(workflow, tool, permit)  # with which credential
+                upstream = (first and self._idle(workflow, tool)) or await self._dial(
+                    workflow, tool
+                )  # resolve, pin, verify
+                lease = self._held(workflow, tool, permit) or await self._issue(
+                    workflow, tool, permit
+                )  # which credential
                 self._send(upstream, route, lease, workflow)  # the last liveness check and the write
                 try:
                     head = await self._response_head(upstream)
@@ -116,9 +119,9 @@ class Flow(Driven):
             raise CallerError(Reason.METHOD_REFUSED, f"{head.method.decode('latin-1')} is refused")
         if head.upgrades:
             raise CallerError(Reason.UPGRADE_REFUSED, "protocol upgrades are refused")
-        if connection.mode is _INTERCEPTED and connection.authority is not None and connection.tool is not None:
+        if connection.mode == "intercepted" and connection.authority is not None and connection.tool is not None:
             return destination.intercepted(head, connection.authority, connection.tool)
-        if connection.mode is _REVERSE or head.target.startswith(b"/"):
+        if connection.mode == "reverse" or head.target.startswith(b"/"):
             return destination.reverse(head, self.plane.router)
         return destination.absolute(head, self.plane.router)
 
@@ -138,30 +141,30 @@ class Flow(Driven):
             raise CallerError(Reason.METHOD_REFUSED, f"tool {tool.name} does not take {method}")
         return self.plane.decider.decide_request(workflow.agent, workflow.name, tool, method, route.path)
 
-    async def _connection(self, workflow: Workflow, tool: Tool, fresh: bool) -> Upstream:
-        """An idle verified connection of this workflow to this tool, or a new one."""
-        upstream = None if fresh else self.plane.pool.take(workflow, tool)
-        if upstream is None:
-            upstream = await self.plane.pool.dial(workflow, tool)
-            self.upstream = upstream
-            self._check()
-        self.upstream = upstream
+    def _idle(self, workflow: Workflow, tool: Tool) -> Upstream | None:
+        """An idle verified connection of this workflow to this tool."""
+        self.upstream = upstream = self.plane.pool.take(workflow, tool)
         return upstream
 
-    async def _lease(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease:
-        """The lease of the handle that the call carried, the active one, or a new one."""
-        broker, named = self.plane.broker, self.lease
-        if named is not None:
-            if not set(named.key.scopes) <= set(permit.scopes):
-                raise Denied(
-                    Reason.POLICY_DENIED, "policy narrows this call's scopes below those of the credential handle"
-                )
-            return named
-        lease = broker.active(workflow, tool, permit)
-        if lease is None:
-            lease = await broker.lease(workflow, tool, permit)
-            self._check()
-        self.lease = lease
+    async def _dial(self, workflow: Workflow, tool: Tool) -> Upstream:
+        """A new connection, resolved, pinned, dialled and verified."""
+        self.upstream = upstream = await self.plane.pool.dial(workflow, tool)
+        self._check()
+        return upstream
+
+    def _held(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease | None:
+        """The lease of the handle that the call carried, or the active one."""
+        named = self.lease
+        if named is None:
+            self.lease = self.plane.broker.active(workflow, tool, permit)
+        elif not set(named.key.scopes) <= set(permit.scopes):
+            raise Denied(Reason.POLICY_DENIED, "policy narrows this call's scopes below those of the credential handle")
+        return self.lease
+
+    async def _issue(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease:
+        """A new lease: the exchange of an SVID for a credential, or a share in one that is under way."""
+        self.lease = lease = await self.plane.broker.lease(workflow, tool, permit)
+        self._check()
         return lease
 
     def _send(self, upstream: Upstream, route: Route, lease: Lease, workflow: Workflow) -> None:

@@ -7,6 +7,7 @@ llhttp as well and compares. Bodies are framed by `framing`; nothing of a head's
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from sidecar.errors import CallerError, Reason, UpstreamError
@@ -134,6 +135,8 @@ _MEANT = frozenset(
      b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings")
 )  # fmt: skip
 """The fields that mean something to us."""
+_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
+"""Those of an answer."""
 _LISTS = frozenset((b"connection", b"upgrade"))
 _VOID_IF_REPEATED = frozenset((b"authorization", b"traceparent"))
 
@@ -202,29 +205,37 @@ def parse_response(head: bytes, method: bytes, reader: Fields) -> ResponseHead:
     Raises `UpstreamError` (upstream_malformed).
     """
     first, *lines = head.split(b"\r\n")
-    match = _STATUS_LINE.fullmatch(first)
+    read = _status_line(first)
     fields = reader.read(lines)
-    if match is None or fields is None:
+    if read is None or fields is None:
         raise _bad_answer(_why_not(head))
     if len(fields) > MAX_FIELDS:
         raise _bad_answer(f"more than {MAX_FIELDS} header fields")
-    minor, code, phrase = match.groups()
-    status = int(code)
+    minor, status, phrase = read
     length = coding = None
     connection = b""
     for name, value, _ in fields:
+        if name not in _FRAMING:
+            continue
         if name == b"content-length":
             if length not in (None, value):
                 raise _bad_answer("two lengths")
             length = value
         elif name == b"transfer-encoding":
             coding = value if coding is None else coding + b"," + value
-        elif name == b"connection":
+        else:
             connection += value.lower() + b","
     framing = _response_framing(method, status, length, coding)
     kept = b"close" not in connection if minor == b"1" else b"keep-alive" in connection
     keep_alive = kept and framing.kind != "until_close"
-    return ResponseHead(status, phrase or b"", fields, framing, keep_alive)
+    return ResponseHead(status, phrase, fields, framing, keep_alive)
+
+
+@lru_cache(maxsize=32)
+def _status_line(line: bytes) -> tuple[bytes, int, bytes] | None:
+    """The minor version, the status and the phrase; remembered, as tools have few of them."""
+    match = _STATUS_LINE.fullmatch(line)
+    return None if match is None else (match[1], int(match[2]), match[3] or b"")
 
 
 def _response_framing(method: bytes, status: int, length: bytes | None, coding: bytes | None) -> Framing:

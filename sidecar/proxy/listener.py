@@ -43,7 +43,7 @@ class Listeners:
         Raises `CallerError` (too_many_workflows) when the machine has no port or file left for it.
         """
         try:
-            return "http://" + await self._listen(workflow.id, Mode.EXPLICIT, "127.0.0.1", 0, workflow.id)
+            return "http://" + await self._listen(workflow.id, "explicit", "127.0.0.1", 0, workflow.id)
         except OSError as error:
             what = f"no listener for the workflow: {error.strerror}; raise the limit of open files"
             raise CallerError(Reason.TOO_MANY_WORKFLOWS, what) from None

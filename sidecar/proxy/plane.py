@@ -14,6 +14,7 @@ from sidecar.model.caller import Caller
 from sidecar.policy.decider import Decider
 from sidecar.proxy.ca import CertificateAuthority
 from sidecar.proxy.config import LimitsConfig
+from sidecar.proxy.outbox import Outbox
 from sidecar.proxy.pool import Pool
 from sidecar.tasks import Background
 from sidecar.telemetry.metrics import Metrics
@@ -42,6 +43,7 @@ class Plane:
     tracer: Tracer
     clock: Clock
     ca: CertificateAuthority
+    outbox: Outbox
     background: Background
     limits: LimitsConfig
     find_caller: FindCaller

@@ -14,6 +14,7 @@ from sidecar.errors import Reason, SpanlockError, UpstreamError
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 from sidecar.proxy.egress import Resolve, addresses
+from sidecar.proxy.outbox import Outbox
 from sidecar.proxy.upstream import Upstream
 from sidecar.tasks import Background
 
@@ -32,8 +33,9 @@ def _abandon(dialled: "asyncio.Task[Upstream]") -> None:
 class Pool:
     """Owns idle connections. `drop_workflow` when one closes, `aclose` at the end."""
 
-    def __init__(self, background: Background, resolve: Resolve, own_ports: Own) -> None:
+    def __init__(self, background: Background, outbox: Outbox, resolve: Resolve, own_ports: Own) -> None:
         self._background = background
+        self._outbox = outbox
         self._resolve = resolve
         self._own_ports = own_ports
         self._idle: dict[str, dict[str, list[Upstream]]] = {}
@@ -123,7 +125,7 @@ class Pool:
             self._refuse_self(sock, tool)
             secure = tool.scheme == "https"
             _, upstream = await loop.create_connection(
-                lambda: Upstream(workflow, tool.name, address),
+                lambda: Upstream(self._outbox, workflow, tool.name, address),
                 sock=sock,
                 ssl=self.trust(tool.ca_file) if secure else None,
                 server_hostname=tool.authority.host if secure else None,

@@ -7,6 +7,7 @@ from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
 from sidecar.proxy.framing import Framing
 from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
+from sidecar.proxy.outbox import Outbox, Sender
 
 
 class Carried(Protocol):
@@ -27,19 +28,19 @@ class Carried(Protocol):
         ...
 
 
-class Upstream(asyncio.Protocol):
+class Upstream(Sender):
     """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
 
     __slots__ = (
         "_buffer", "_fields", "_framing", "address", "answered", "bytes_in", "complete", "error", "flow", "response", "reused",
-        "tool", "transport", "workflow",
+        "tool", "workflow",
     )  # fmt: skip
 
-    def __init__(self, workflow: str, tool: str, address: str) -> None:
+    def __init__(self, outbox: Outbox, workflow: str, tool: str, address: str) -> None:
+        super().__init__(outbox)
         self.workflow = workflow
         self.tool = tool
         self.address = address
-        self.transport: asyncio.Transport | None = None
         self.flow: Carried | None = None
         self.reused = False
         self._fields = Fields()
@@ -110,19 +111,14 @@ class Upstream(asyncio.Protocol):
         return self.transport is not None and not self.transport.is_closing()
 
     def send(self, request: OutboundRequest, flow: Carried) -> None:
-        """Writes the head. The caller has checked liveness in this same step of the loop."""
+        """Writes the head; a cut in this same step takes it back. The caller has just checked liveness."""
         if self.transport is None:
             raise UpstreamError(Reason.UPSTREAM_CLOSED, "the tool closed the connection")
         self.flow = flow
         self.response = self._framing = self.error = None
         self.complete = self.answered = False
         self.bytes_in = 0
-        self.transport.write(request.head)
-
-    def write(self, payload: bytes) -> None:
-        """A piece of the request's body, framed. Dropped when the connection is gone: the flow is told by `wake`."""
-        if self.transport is not None:
-            self.transport.write(payload)
+        self.write(request.head)
 
     def pause(self) -> None:
         if self.transport is not None and not self.transport.is_closing():
@@ -135,18 +131,14 @@ class Upstream(asyncio.Protocol):
     def release(self) -> bool:
         """Ends this flow's use. True when the connection may carry another of the same workflow and tool."""
         self.flow = None
-        reusable = self.alive and self.complete and self.response is not None and self.response.keep_alive
+        in_step = self.complete and not self.unsent
+        reusable = self.alive and in_step and self.response is not None and self.response.keep_alive
         self.response = self._framing = None
         self._buffer = b""
         self.reused = True
         if not reusable:
             self.abort()
         return reusable
-
-    def abort(self) -> None:
-        """Closes at once; what is still in the send buffer is thrown away."""
-        if self.transport is not None:
-            self.transport.abort()
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
 """Structured logs on standard error, for everything that is not per flow. Field values that could be secrets are dropped."""
 
+import contextlib
 import logging
 import sys
 from collections.abc import MutableMapping
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -16,6 +17,21 @@ def _redact(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[
         if key not in ("event", "level") and any(word in key.lower() for word in _FORBIDDEN):
             event[key] = "****"
     return event
+
+
+class _Lines:
+    """Standard error, as it was at the start. A line that cannot be written (its reader has gone) is lost: work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(line)
+            self._stream.flush()
+
+    def flush(self) -> None:
+        """Each line is flushed as it is written."""
 
 
 def configure(level: str, fmt: str) -> None:
@@ -38,7 +54,7 @@ def configure(level: str, fmt: str) -> None:
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=cast(TextIO, _Lines(sys.stderr))),
         cache_logger_on_first_use=False,
     )
 

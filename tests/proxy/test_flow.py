@@ -14,10 +14,11 @@ from sidecar.errors import CallerError, Reason
 from sidecar.identity.callers import Callers
 from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Agent, Caller
+from sidecar.model.workflow import CloseReason
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.upstream import Upstream
 from tests.fakes.clock import FakeClock
-from tests.stage import opened, port_of, ready_stage, reason_of
+from tests.stage import closed, opened, port_of, ready_stage, reason_of
 
 
 class Interrupted:
@@ -143,6 +144,26 @@ async def test_a_cut_from_inside_its_own_stack(monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(stage.app.broker, "use", cutting)
             workflow = await opened(stage)
             assert reason_of(await call(stage, workflow.handle)) == "workflow_closed" and len(watched.records) == 1
+
+
+async def test_a_close_in_the_step_of_the_write_keeps_the_credential_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liveness was checked and the head written, but it leaves at the step's end: a close that comes before takes it back."""
+    async with ready_stage() as stage:
+        send = Upstream.send
+
+        def closing(upstream: Upstream, request: Any, flow: Any) -> None:
+            asyncio.get_running_loop().call_soon(stage.app.registry.close, flow.workflow, CloseReason.OPERATOR)
+            send(upstream, request, flow)
+            assert upstream.unsent, "the head waits for the end of the step"
+
+        workflow = await opened(stage)
+        assert b"200 OK" in await call(stage, workflow.handle)
+        served = stage.search.requests
+        monkeypatch.setattr(Upstream, "send", closing)
+        assert reason_of(await call(stage, workflow.handle)) == "workflow_closed"
+        report = await closed(stage, workflow.workflow.id)
+        assert stage.search.requests == served, "the tool saw nothing of the second call"
+        assert report.reason == "operator"
 
 
 async def test_one_uids_flood_does_not_shut_out_another(monkeypatch: pytest.MonkeyPatch) -> None:
