@@ -27,7 +27,7 @@ from sidecar.policy.config import PolicyConfig
 from sidecar.proxy import http1
 from sidecar.proxy.ca import CertificateAuthority
 from sidecar.proxy.http1 import Fields, RequestHead
-from sidecar.proxy.inject import inject
+from sidecar.proxy.inject import inject, stripped
 from sidecar.secret import Secret
 from sidecar.tools.config import ToolConfig
 from sidecar.tools.names import embeds_ip, parse_authority
@@ -147,7 +147,7 @@ async def test_h11_a_redirect_is_handed_back_and_never_followed() -> None:
 
 
 def parse_request(head: bytes) -> RequestHead:
-    return http1.parse_request(head.removesuffix(b"\r\n\r\n"), Fields())
+    return http1.parse_request(head.removesuffix(b"\r\n\r\n"), Fields(stripped))
 
 
 @pytest.mark.parametrize("value", ["a\r\nX: y", "a\nb", "a\0b", "a\r b", "", " a", "a ", "ü", "a\x7f"])

@@ -92,9 +92,13 @@ class Route:
     replaced: frozenset[bytes] = field(init=False, repr=False)
     """Names of the agent's headers that never go to this tool, lower case: ours, and the tool's `client_headers`."""
 
+    ours: bytes = field(init=False, repr=False)
+    """What comes before the credential: its header's name."""
+
     def __post_init__(self) -> None:
         tool = self.tool
         host = tool.authority.header(tool.scheme).encode()
         object.__setattr__(self, "opening", b" %b HTTP/1.1\r\nhost: %b\r\n" % (self.target, host))
         names = (tool.header, *tool.client_headers)
         object.__setattr__(self, "replaced", frozenset(name.encode() for name in names))
+        object.__setattr__(self, "ours", b"%b: " % tool.header.encode())

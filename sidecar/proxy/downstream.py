@@ -6,6 +6,7 @@ Bytes are read only as far as the present message goes; what follows waits, so p
 
 import asyncio
 import ssl
+from operator import itemgetter
 from typing import cast
 
 from sidecar.errors import CallerError, Reason, SpanlockError
@@ -17,6 +18,7 @@ from sidecar.proxy.destination import Mode
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.framing import LAST_CHUNK, chunk
 from sidecar.proxy.http1 import MAX_HEAD, Fields, RequestHead, ResponseHead, parse_request
+from sidecar.proxy.inject import stripped
 from sidecar.proxy.outbox import Sender
 from sidecar.proxy.plane import Plane
 
@@ -26,10 +28,8 @@ MAX_AHEAD = 64 * 1024
 NOBODY = Caller(uid=-1, agents=frozenset())
 _HANDSHAKE_SECONDS = 10.0
 _PREFACE = b"PRI * HTTP/2.0\r\n"
-_RESPONSE_DROPPED = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
-     b"transfer-encoding", b"upgrade", b"alt-svc")
-)  # fmt: skip
+_LINE = itemgetter(2)
+"""Of a `Field`."""
 
 
 def _handshake_refusal(error: Exception) -> CallerError:
@@ -57,7 +57,7 @@ class Connection(Sender):
         self.handle: str | None = None
         self.deadline = plane.clock.monotonic() + plane.limits.request_head_seconds
         self.flow: Flow | None = None
-        self._fields = Fields()
+        self._fields = Fields(stripped)
         self._connections = connections
         self._own_workflow = workflow
         self._joined: Workflow | None = None
@@ -263,7 +263,7 @@ class Connection(Sender):
         """The response's head, re-serialised, with the `first` bytes of its body; one of unknown length is chunked anew."""
         self._chunked_reply = head.framing.kind in ("chunked", "until_close")
         parts = [b"HTTP/1.1 %d " % head.status, head.phrase, b"\r\n"]
-        parts += [line for name, _, line in head.headers if name not in _RESPONSE_DROPPED]
+        parts += map(_LINE, head.headers)
         if self._chunked_reply:
             parts.append(b"transfer-encoding: chunked\r\n")
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")

@@ -6,6 +6,7 @@ llhttp as well and compares. Bodies are framed by `framing`; nothing of a head's
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,23 +35,26 @@ class Field(NamedTuple):
     """Lower case."""
     value: bytes
     line: bytes
-    """The field as it is sent on: `name: value` and CRLF."""
+    """The field as it is sent on, `name: value` and CRLF; nothing when it stops here."""
 
 
 class Fields:
     """Reads the field lines of one connection. The next head mostly repeats the last one's lines, and reading is pure, so a
-    line seen before costs a look-up. What is remembered is bounded, and dies with the connection."""
+    line seen before costs a look-up. What is remembered is bounded, and dies with the connection.
 
-    __slots__ = ("_known",)
+    `stops` says by its lower-case name which field never goes on from here.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_known", "_stops")
+
+    def __init__(self, stops: Callable[[bytes], bool]) -> None:
         self._known: dict[bytes, Field] = {}
+        self._stops = stops
 
     def read(self, lines: list[bytes]) -> list[Field] | None:
         """The fields of these lines, without their CRLF; None when one is not a field by the grammar."""
-        known = self._known
         try:
-            return [known[line] for line in lines]
+            return list(map(self._known.__getitem__, lines))
         except KeyError:
             return self._read_anew(lines)
 
@@ -61,7 +65,7 @@ class Fields:
             if match is None:
                 return None
             name, value = match[1].lower(), match[2].rstrip(b" \t")
-            fields.append(Field(name, value, b"%b: %b\r\n" % (name, value)))
+            fields.append(Field(name, value, b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)))
         known = self._known
         known.update(zip(lines, fields, strict=True))
         if len(known) > _REMEMBERED:

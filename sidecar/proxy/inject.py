@@ -19,9 +19,6 @@ _FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"baggage", b"x-original-url"
 _BODY_EXPECTED = frozenset((b"POST", b"PUT", b"PATCH"))
 _STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING)
 
-_kept: dict[bytes, bool] = {}
-"""Verdicts of `_keeps` by name, bounded: names come from the agent."""
-
 
 class OutboundRequest(NamedTuple):
     """A head with our credential on it. Only this can be sent to a tool."""
@@ -29,13 +26,11 @@ class OutboundRequest(NamedTuple):
     head: bytes
 
 
-def _keeps(name: bytes) -> bool:
+def stripped(name: bytes) -> bool:
+    """Whether an agent's field of this lower-case name never goes to any tool."""
     # Some servers fold `_` into `-`: a variant of a stripped name is stripped as well (P8).
     folded = name.replace(b"_", b"-").strip(b"-")
-    verdict = folded not in _STRIPPED and not folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
-    if len(_kept) < 4096:
-        _kept[name] = verdict
-    return verdict
+    return folded in _STRIPPED or folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
 
 
 def _named_by(connection: bytes) -> frozenset[bytes]:
@@ -45,17 +40,15 @@ def _named_by(connection: bytes) -> frozenset[bytes]:
 def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundRequest:
     """The request as the tool gets it. `credential` is the header's full value, checked when it was rendered.
 
-    Order matters: what `Connection` names is stripped before ours goes on, so it can never take ours off.
+    The head was read with `stripped`, so those fields have no line. Order matters: what `Connection` names is stripped before
+    ours goes on, so it can never take ours off.
     """
-    replaced, kept = route.replaced, _kept
+    replaced = route.replaced
     if head.connection is not None:
         replaced |= _named_by(head.connection)
     parts = [head.method, route.opening]
-    for name, _, line in head.headers:
-        keep = kept.get(name)
-        if (_keeps(name) if keep is None else keep) and name not in replaced:
-            parts.append(line)
-    parts += (route.tool.header.encode(), b": ", credential, b"\r\n")
+    parts += [line for name, _, line in head.headers if name not in replaced]
+    parts += (route.ours, credential, b"\r\n")
     if head.framing.kind == "sized":
         parts.append(b"content-length: %d\r\n" % head.framing.length)
     elif head.framing.kind == "chunked":

@@ -9,6 +9,12 @@ from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
 from sidecar.proxy.outbox import Outbox, Sender
 
+_STRIPPED = frozenset(
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
+     b"transfer-encoding", b"upgrade", b"alt-svc")
+)  # fmt: skip
+"""Of an answer's fields: what is between the tool and us, or would lead the agent past us."""
+
 
 class Carried(Protocol):
     """What the connection needs of the flow that it carries."""
@@ -43,7 +49,7 @@ class Upstream(Sender):
         self.address = address
         self.flow: Carried | None = None
         self.reused = False
-        self._fields = Fields()
+        self._fields = Fields(_STRIPPED.__contains__)
         self._buffer = b""
         self._framing: Framing | None = None
         self.response: ResponseHead | None = None
