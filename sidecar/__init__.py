@@ -15,6 +15,7 @@ This page is the architecture. Imports point down the list; packages on one line
     credentials/    with which credential?   broker, renewer, revoker, handles, exchangers/ (one file a kind)
     audit/          what happened?           one record a flow, a lease event, a workflow event
     ports.py        the Protocols: where siblings meet, or two real implementations exist
+    site.py         a small bounded HTTP server, for probes and spans
     telemetry/      every metric and log field name; redaction; the sidecar's own spans
     model/          nouns and state tables: data without I/O
     clock.py errors.py secret.py tasks.py backoff.py machine.py

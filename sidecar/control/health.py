@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from sidecar.errors import ConfigError, Reason
+from sidecar.site import Site
 from sidecar.telemetry.metrics import Metrics
 
 Ready = Callable[[], tuple[bool, list[dict[str, object]]]]
@@ -15,32 +15,19 @@ class HealthServer:
     """`start` listens, `stop` ends it."""
 
     def __init__(self, address: str, ready: Ready, metrics: Metrics) -> None:
-        self._address = address
         self._ready = ready
         self._metrics = metrics
-        self._runner: web.AppRunner | None = None
+        routes = [
+            web.get("/healthz", self._healthz),
+            web.get("/readyz", self._readyz),
+            web.get("/metrics", self._exposition),
+        ]
+        self._site = Site(routes, address, "health", max_body=1024)
         self.port = 0
 
     async def start(self) -> None:
         """Raises `ConfigError` when the address is taken."""
-        app = web.Application(client_max_size=1024)
-        app.add_routes(
-            [
-                web.get("/healthz", self._healthz),
-                web.get("/readyz", self._readyz),
-                web.get("/metrics", self._exposition),
-            ]
-        )
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        host, _, port = self._address.rpartition(":")
-        try:
-            await web.TCPSite(self._runner, host.strip("[]"), int(port)).start()
-        except OSError as error:
-            raise ConfigError(
-                Reason.CONFIG_INVALID, f"health: cannot listen on {self._address}: {error.strerror}"
-            ) from None
-        self.port = int(self._runner.addresses[0][1])
+        self.port = await self._site.start()
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.json_response({"alive": True})
@@ -54,5 +41,4 @@ class HealthServer:
 
     async def stop(self) -> None:
         """Ends the server."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        await self._site.stop()

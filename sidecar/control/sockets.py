@@ -30,6 +30,11 @@ from sidecar.wire.spanlock.v1 import (
 )
 
 _MAX_MESSAGE = 64 * 1024
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 2_000),  # a connection that never speaks is put out
+)
 _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
@@ -87,8 +92,7 @@ class Socket:
             ) from None
 
     def _build(self) -> Any:
-        options = [("grpc.max_receive_message_length", _MAX_MESSAGE), ("grpc.so_reuseport", 0)]
-        server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=options, maximum_concurrent_rpcs=20_000)
+        server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=20_000)
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

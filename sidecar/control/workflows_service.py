@@ -134,15 +134,12 @@ class WorkflowsService(workflows_pb2_grpc.WorkflowsServicer):
 
     @rescued_stream
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:
-        changes: asyncio.Queue[Workflow] = asyncio.Queue(maxsize=1024)
-        with self._doors.registry.watch(changes):
+        with self._doors.registry.watch(self._agent) as changes:
             for workflow in self._doors.registry.remembered(self._agent):
                 if workflow.is_open:
                     yield pb.WatchResponse(workflow=self._message(workflow))
-            while True:
-                workflow = await changes.get()
-                if workflow.agent == self._agent:
-                    yield pb.WatchResponse(workflow=self._message(workflow))
+            while (changed := await changes.get()) is not None:
+                yield pb.WatchResponse(workflow=self._message(changed))
 
     def _mine(self, workflow_id: str) -> Workflow:
         workflow = self._doors.registry.get(workflow_id)

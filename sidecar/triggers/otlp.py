@@ -17,10 +17,21 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
 from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Caller
+from sidecar.site import Site
 from sidecar.triggers.config import OtlpConfig
 
 MAX_BODY = 4 * 1024 * 1024
 """Bytes, after decompression too."""
+
+MAX_CALLS = 256
+"""Exports under way at one time."""
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_BODY),
+    ("grpc.so_reuseport", 0),
+    ("grpc.server_handshake_timeout_ms", 2_000),
+    ("grpc.max_connection_idle_ms", 60_000),
+)
+"""Silent connections are put out: each takes a file that the data plane needs."""
 
 FindCaller = Callable[[tuple[str, int], tuple[str, int]], Caller]
 SpanEnded = Callable[[str, str, str, bool], None]
@@ -37,15 +48,14 @@ class OtlpReceivers:
         self._find_caller = find_caller
         self._span_ended = span_ended
         self._grpc: Any = None
-        self._runner: web.AppRunner | None = None
+        self._site: Site | None = None
         self.grpc_port = 0
         self.http_port = 0
 
     async def start(self) -> None:
         """Raises `ConfigError` when an address is taken."""
         if self._config.grpc is not None:
-            options = [("grpc.max_receive_message_length", MAX_BODY), ("grpc.so_reuseport", 0)]
-            self._grpc = grpc.aio.server(options=options)
+            self._grpc = grpc.aio.server(options=_OPTIONS, maximum_concurrent_rpcs=MAX_CALLS)
             self._grpc.add_generic_rpc_handlers((_handler(self._export),))
             try:
                 self.grpc_port = self._grpc.add_insecure_port(self._config.grpc)
@@ -53,23 +63,13 @@ class OtlpReceivers:
                 raise ConfigError(Reason.CONFIG_INVALID, f"otlp.grpc: cannot listen on {self._config.grpc}") from None
             await self._grpc.start()
         if self._config.http is not None:
-            await self._start_http(self._config.http)
-
-    async def _start_http(self, address: str) -> None:
-        app = web.Application(client_max_size=MAX_BODY)
-        app.add_routes(
-            [web.post("/v1/traces", self._traces), web.post("/v1/metrics", _drop), web.post("/v1/logs", _drop)]
-        )
-        self._runner = web.AppRunner(app, access_log=None, auto_decompress=False)
-        await self._runner.setup()
-        host, _, port = address.rpartition(":")
-        try:
-            await web.TCPSite(self._runner, host, int(port)).start()
-        except OSError as error:
-            raise ConfigError(
-                Reason.CONFIG_INVALID, f"otlp.http: cannot listen on {address}: {error.strerror}"
-            ) from None
-        self.http_port = int(self._runner.addresses[0][1])
+            routes = [
+                web.post("/v1/traces", self._traces),
+                web.post("/v1/metrics", _drop),
+                web.post("/v1/logs", _drop),
+            ]
+            self._site = Site(routes, self._config.http, "otlp.http", max_body=MAX_BODY, decompress=False)
+            self.http_port = await self._site.start()
 
     async def _traces(self, request: web.Request) -> web.Response:
         transport = request.transport
@@ -114,8 +114,8 @@ class OtlpReceivers:
         """Ends both receivers."""
         if self._grpc is not None:
             await self._grpc.stop(0)
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._site is not None:
+            await self._site.stop()
 
 
 def _handler(export: Any) -> Any:

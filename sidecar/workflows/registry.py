@@ -37,6 +37,10 @@ OnChange = Callable[[Workflow, CloseReport | None], None]
 
 _KEPT = 256
 """Closed workflows remembered for List and for a Close that comes twice."""
+_WATCHERS = 64
+"""Of one agent."""
+_AHEAD = 1024
+"""Changes that a watcher may be behind."""
 _SWEEP = 0.5
 
 
@@ -59,7 +63,7 @@ class Registry:
         self._closing: dict[str, asyncio.Task[CloseReport]] = {}
         self._ending: dict[str, Workflow] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
-        self._watchers: list[asyncio.Queue[Workflow]] = []
+        self._watchers: dict[str, list[asyncio.Queue[Workflow | None]]] = {}
         self._closed: OrderedDict[str, tuple[Workflow, CloseReport | None]] = OrderedDict()
 
     # -- open and find ------------------------------------------------------------------------------------------
@@ -186,19 +190,26 @@ class Registry:
         return self._clock.now() + max(workflow.deadline - self._clock.monotonic(), 0.0)
 
     @contextmanager
-    def watch(self, changes: asyncio.Queue[Workflow]) -> Iterator[None]:
-        """Puts each workflow that changes into `changes` while the block lasts; one that is full misses changes."""
-        self._watchers.append(changes)
+    def watch(self, agent: str) -> Iterator[asyncio.Queue[Workflow | None]]:
+        """The changes of `agent`'s workflows while the block lasts. None ends it: the reader was too slow and missed some.
+
+        Raises `CallerError` (too_many_connections) when the agent has too many already.
+        """
+        watchers = self._watchers.setdefault(agent, [])
+        if len(watchers) >= _WATCHERS:
+            raise CallerError(Reason.TOO_MANY_CONNECTIONS, f"this agent watches {_WATCHERS} times already")
+        changes: asyncio.Queue[Workflow | None] = asyncio.Queue(_AHEAD + 1)
+        watchers.append(changes)
         try:
-            yield
+            yield changes
         finally:
-            self._watchers.remove(changes)
+            watchers.remove(changes)
 
     def _changed(self, workflow: Workflow, report: CloseReport | None) -> None:
         self._on_change(workflow, report)
-        for changes in self._watchers:
+        for changes in self._watchers.get(workflow.agent, ()):
             if not changes.full():
-                changes.put_nowait(workflow)
+                changes.put_nowait(workflow if changes.qsize() < _AHEAD else None)
 
     def wait_closed(self, workflow: Workflow) -> asyncio.Future[None]:
         """Done as soon as the workflow begins to close, whoever closes it."""

@@ -13,6 +13,7 @@ import pytest
 from sidecar.cli.stage import Stage
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
+from sidecar.workflows import registry as registry_module
 from tests.stage import closed, opened, port_of, raw, ready_stage, reason_of, stub
 
 OTHER_ID = "spiffe://demo.spanlock.test/other"
@@ -90,7 +91,7 @@ async def test_an_agent_sees_renews_closes_and_watches_its_own_only(two: TwoAgen
         (mine.workflow.id, "open"), (again.workflow.id, "open"), (again.workflow.id, "closing"), (again.workflow.id, "closed")
     ]  # fmt: skip
     async with asyncio.timeout(5):
-        while two.app.registry._watchers:
+        while any(two.app.registry._watchers.values()):
             await asyncio.sleep(0)
 
 
@@ -168,3 +169,31 @@ async def test_too_many_workflows_are_refused_and_the_others_go_on() -> None:
         assert reason_of(await raw(port_of(stage.app.addresses["reverse"]), request.encode())) == ""
         await closed(stage, first.workflow.id)
         await opened(stage)
+
+
+async def test_a_watcher_that_is_too_slow_is_told_and_hears_of_its_own_agent_only(two: TwoAgents) -> None:
+    registry = two.app.registry
+    with registry.watch("demo") as changes:
+        for _ in range(10):
+            registry.open("other", name="theirs")
+        assert changes.empty(), "another agent's changes take no place here"
+        for _ in range(registry_module._AHEAD + 5):
+            registry.open("demo", name="mine")
+        heard = [changes.get_nowait() for _ in range(changes.qsize())]
+    assert heard[-1] is None and all(w is not None and w.agent == "demo" for w in heard[:-1])
+    assert len(heard) == registry_module._AHEAD + 1
+
+
+async def test_one_agent_cannot_make_each_change_dear_for_all(two: TwoAgents) -> None:
+    async with stub(two) as workflows:
+        watches = [workflows.Watch(pb.WatchRequest()) for _ in range(registry_module._WATCHERS)]
+        async with asyncio.timeout(10):
+            while len(two.app.registry._watchers.get("demo", ())) < registry_module._WATCHERS:
+                await asyncio.sleep(0)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await workflows.Watch(pb.WatchRequest()).read()
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with two.app.registry.watch("other"):
+            pass
+        for watch in watches:
+            watch.cancel()

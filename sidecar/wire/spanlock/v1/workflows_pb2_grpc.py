@@ -106,7 +106,8 @@ class WorkflowsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """One message for each change, beginning with the workflows that are open.
+        """One message for each change, beginning with the workflows that are open. Ends when the reader is more than 1,024
+        changes behind: it has missed some and should watch anew. At most 64 at one time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
