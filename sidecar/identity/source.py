@@ -81,13 +81,13 @@ class WorkloadSvids:
     async def jwt_svid(self, agent: str, audience: str, *, revoking: bool = False) -> Secret:
         """A JWT-SVID of `agent` for `audience`: cached to half its life, then until its expiry if SPIRE is down.
 
-        `revoking`: one that is held will do even when the identity has been withdrawn, until it expires.
+        `revoking`: one that is held will do even when the identity has been withdrawn or has expired, until its own expiry.
         """
         key = (agent, audience)
         cached = self._cache.get(key)
         if cached is not None and not self._usable(cached):
             cached = None
-        if agent not in self._held and revoking and cached is not None:
+        if revoking and cached is not None and self.problem(agent):
             return cached.token
         self.require_identity(agent)
         if cached is not None and self._clock.monotonic() < cached.refresh_at:
@@ -206,14 +206,15 @@ class WorkloadSvids:
         """One fetch at a time for each (agent, audience); whoever asks waits for the same one."""
         task = self._fetching.get(key)
         if task is None:
-            task = self._fetching[key] = self._background.spawn(self._fetch_once(key), f"jwt-svid {key[0]}")
+            spiffe_id = self._agents[key[0]].spiffe_id  # a reload may take the agent away meanwhile
+            task = self._fetching[key] = self._background.spawn(self._fetch_once(key, spiffe_id), f"jwt-svid {key[0]}")
             task.add_done_callback(lambda _: self._fetching.pop(key, None))
         return task
 
-    async def _fetch_once(self, key: tuple[str, str]) -> Secret:
-        agent, audience = key
-        token = await self._api.jwt_svid(self._agents[agent].spiffe_id, audience)
-        expires_at = _expiry(token, self._agents[agent].spiffe_id, audience)
+    async def _fetch_once(self, key: tuple[str, str], spiffe_id: str) -> Secret:
+        _, audience = key
+        token = await self._api.jwt_svid(spiffe_id, audience)
+        expires_at = _expiry(token, spiffe_id, audience)
         life = expires_at - self._clock.now()
         if life <= _SKEW:
             raise IdentityError(Reason.SVID_EXPIRED, "SPIRE handed out a JWT-SVID that has expired; check the clocks")

@@ -108,6 +108,25 @@ async def test_an_agent_that_is_down_leaves_what_is_held_until_it_expires(tmp_pa
     await spire.stop()
 
 
+async def test_revocation_outlives_the_x509_svid_while_spire_is_down(tmp_path: Path) -> None:
+    """A JWT-SVID that is still good serves to revoke with, and for nothing else."""
+    spire = DemoSpire([ID], svid_seconds=600, jwt_seconds=3600)
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, clock):
+        assert await svids.wait_ready(15)
+        held = await svids.jwt_svid("a", "aud")
+        await spire.stop()
+        await until(lambda: not svids.health()[0]["ok"])
+        clock.offset = 1200
+        with pytest.raises(IdentityError) as caught:
+            await svids.jwt_svid("a", "aud")
+        assert caught.value.reason is Reason.SVID_EXPIRED
+        assert await svids.jwt_svid("a", "aud", revoking=True) == held
+        clock.offset = 7200
+        with pytest.raises(IdentityError):
+            await svids.jwt_svid("a", "aud", revoking=True)
+
+
 async def test_rotation_and_a_clean_end_of_the_stream(tmp_path: Path) -> None:
     spire = DemoSpire([ID])
     await spire.start(str(tmp_path / "s.sock"))
