@@ -313,7 +313,9 @@ class App:
             )
         )  # fmt: skip
         if report is not None:
-            self.metrics.workflow_closed(report.reason, report.dropped_ms, report.revoked_ms)
+            crashed = workflow.close_reason is CloseReason.SIDECAR_RESTARTED
+            dropped_ms = None if crashed else report.dropped_ms
+            self.metrics.workflow_closed(report.reason, dropped_ms, report.revoked_ms if report.ends else None)
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         if not isinstance(error, SpanlockError):

@@ -176,7 +176,7 @@ class WorkloadSvids:
     def _take(self, svids: list[HeldSvid]) -> None:
         """The full state: what is not in it is gone."""
         if not self._connected or self._error:
-            self._log.info("spire_agent_up", svids=len(svids))
+            self._log.info("spire_agent_up", identities=len(svids))
             self._since = self._clock.now()
         self._connected, self._error, self._next_try = True, "", None
         held: dict[str, HeldSvid] = {}

@@ -88,10 +88,13 @@ class Metrics:
         if event == "revoked":
             self._revoked.labels(tool, outcome).inc()
 
-    def workflow_closed(self, reason: str, dropped_ms: float, revoked_ms: float) -> None:
+    def workflow_closed(self, reason: str, dropped_ms: float | None, revoked_ms: float | None) -> None:
+        """Counts a close, with its times as far as there were any: a crash measures none, no lease needs no issuer."""
         self._workflows.labels(reason).inc()
-        self.close_to_dropped.observe(dropped_ms / 1000)
-        self.close_to_revoked.observe(revoked_ms / 1000)
+        if dropped_ms is not None:
+            self.close_to_dropped.observe(dropped_ms / 1000)
+        if revoked_ms is not None:
+            self.close_to_revoked.observe(revoked_ms / 1000)
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float]) -> None:
         """A gauge that is read when it is scraped."""
