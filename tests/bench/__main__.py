@@ -87,6 +87,33 @@ def intercepted(bench: Bench, daemon: Daemon, proxy: str, peers: dict[str, int])
     )
 
 
+def streamed(bench: Bench, proxy: str, daemon: Daemon, peers: dict[str, int]) -> list[Row]:
+    say("100 MB bodies")
+    costs = load.side_by_side(
+        {
+            "spanlock": (daemon.pid, lambda: load.big(bench.dir, proxy)),
+            "goproxy": (peers["go_intercept"], lambda: load.big(bench.dir, "http://127.0.0.1:9071")),
+        },
+        rounds=1,
+    )
+    ours = costs["spanlock"] / 1e6
+    name = "100 MB through TLS interception, CPU"
+    return [Row(name, ours, "s", target=1.0), Row(name, ours, "s", "goproxy", costs["spanlock"] / costs["goproxy"])]
+
+
+def delayed(bench: Bench, daemon: Daemon, handle: str, cost: float) -> list[Row]:
+    """What the way through us adds at half of the load that one core can take. `cost`: µs a request."""
+    rate = 1e6 / cost / 2
+    say(f"latency at {rate:.0f} requests a second")
+    header = f"x-spanlock-workflow: {handle}"
+    through = load.latency(bench.dir, f"{daemon.reverse}/plain/", rate, header)
+    straight = load.latency(bench.dir, "http://127.0.0.1:9001/", rate)
+    return [
+        Row("added latency at half load, p50", through[0] - straight[0], "ms", target=0.3),
+        Row("added latency at half load, p99", through[1] - straight[1], "ms", target=2.0),
+    ]
+
+
 def closes(daemon: Daemon) -> list[Row]:
     """Closes workflows that hold a lease each, one after the other, while the others stay open."""
     say(f"{CLOSES} closes beside {WORKFLOWS} open workflows")
@@ -125,7 +152,14 @@ def run(bench: Bench) -> list[Row]:
         "mitm_reverse": bench.mitmproxy_reverse(), "mitm_explicit": bench.mitmproxy_explicit(),
     }  # fmt: skip
     workflow = daemon.open(listener=True)
-    return plain(bench, daemon, workflow.handle, peers) + intercepted(bench, daemon, workflow.proxy_url, peers) + rows
+    reverse = plain(bench, daemon, workflow.handle, peers)
+    return [
+        *reverse,
+        *intercepted(bench, daemon, workflow.proxy_url, peers),
+        *streamed(bench, workflow.proxy_url, daemon, peers),
+        *delayed(bench, daemon, workflow.handle, reverse[0].value),
+        *rows,
+    ]
 
 
 def line(row: Row) -> str:

@@ -53,14 +53,29 @@ def _count(words: list[str]) -> int:
 
 
 def tls(directory: Path, proxy: str) -> int:
-    """Requests through CONNECT and TLS, kept alive; the client is tests/bench/peers/load."""
-    words = [str(directory / "load"), "-x", proxy, "-u", "https://localhost:9443/", "-c", str(CONNECTIONS)]
-    out = subprocess.run(
-        on_core(LOAD_CORE, *words, "-d", f"{SECONDS}s"), capture_output=True, text=True, check=True
-    ).stdout
+    """Requests through CONNECT and TLS, kept alive."""
+    return int(_client(directory, "-x", proxy).split()[0])
+
+
+def big(directory: Path, proxy: str) -> int:
+    """Bodies of 100 MB through CONNECT and TLS, one after the other."""
+    return int(_client(directory, "-x", proxy, "-u", "https://localhost:9443/big", "-c", "1").split()[0])
+
+
+def latency(directory: Path, url: str, rate: float, header: str = "") -> tuple[float, float]:
+    """Milliseconds, p50 and p99, at `rate` plain requests a second."""
+    out = _client(directory, "-u", url, "-H", header, "-r", str(rate))
+    p50, p99 = re.findall(r"=([\d.]+)ms", out)
+    return float(p50), float(p99)
+
+
+def _client(directory: Path, *words: str) -> str:
+    """Runs tests/bench/peers/load."""
+    command = on_core(LOAD_CORE, str(directory / "load"), "-c", str(CONNECTIONS), "-d", f"{SECONDS}s", *words)
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "errs=0" not in out:
         raise SystemExit(f"the load met errors:\n{out}")
-    return int(out.split()[0])
+    return out
 
 
 def side_by_side(contenders: dict[str, tuple[int, Load]], rounds: int = 2) -> dict[str, float]:

@@ -29,6 +29,7 @@ events { worker_connections 4096; }
 http { access_log off; keepalive_requests 1000000000; keepalive_timeout 600s;
  client_body_temp_path t1; proxy_temp_path t2; fastcgi_temp_path t3; uwsgi_temp_path t4; scgi_temp_path t5;
  server { listen 127.0.0.1:9001; listen 127.0.0.1:9443 ssl; ssl_certificate cert.pem; ssl_certificate_key key.pem;
+  location = /big { root .; }
   location / { return 200 "hello world, this is a small json-like body of about a hundred bytes, padded to be realistic ....\\n"; } } }
 """
 HAPROXY = """\
@@ -100,6 +101,9 @@ class Bench:
         subprocess.run([*CERTIFICATE.split(), *names], cwd=self.dir, check=True, capture_output=True)
         for name, text in (("nginx.conf", NGINX), ("haproxy.cfg", HAPROXY), ("addon.py", MITMPROXY)):
             (self.dir / name).write_text(text)
+        self.dir.chmod(0o755)  # nginx's worker reads the big body as nobody
+        with (self.dir / "big").open("wb") as big:
+            big.truncate(100_000_000)
         self.start(LOAD_CORE, 9001, "nginx", "-p", str(self.dir), "-c", "nginx.conf")
         return self
 

@@ -1,0 +1,85 @@
+"""The audit log when its sink is slow, full or gone: calls go on, what is lost is counted and said once."""
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sidecar.audit.log import AuditLog
+from sidecar.audit.sinks import FileSink, StdoutSink
+from sidecar.model.audit import WorkflowRecord
+from sidecar.telemetry import logging
+from tests.fakes.clock import FakeClock
+
+
+def record(number: int) -> WorkflowRecord:
+    return WorkflowRecord(1.0, "opened", f"wf_{number}", "demo", "name \n\"}{", "", "", 0, 0, 0.0, 0.0)  # fmt: skip
+
+
+def numbers(lines: bytes) -> list[int]:
+    return [int(json.loads(line)["workflow"][3:]) for line in lines.splitlines()]
+
+
+def test_records_are_whole_lines_in_order_and_only_the_owner_reads_them(tmp_path: Path) -> None:
+    path, lost = tmp_path / "audit.jsonl", []
+    log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
+    for number in range(120):
+        log.workflow(record(number))
+    assert len(numbers(path.read_bytes())) >= 100, "written in batches as they come"
+    log.close()
+    assert numbers(path.read_bytes()) == list(range(120)) and not lost
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_full_disk_is_counted_and_said_once_until_it_works_again(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.configure("info", "json")
+    lost: list[int] = []
+    log = AuditLog(FileSink("/dev/full"), FakeClock(), lost.append)
+    for number in range(100):
+        log.workflow(record(number))
+    assert sum(lost) == 100 and not log.healthy
+    assert capsys.readouterr().err.count("audit_sink_failed") == 1
+    log._sink = FileSink("/dev/null")
+    log.workflow(record(100))
+    log.flush()
+    assert log.healthy
+
+
+def test_a_standard_output_that_nobody_reads_holds_nothing_up() -> None:
+    read, write = os.pipe()
+    lost: list[int] = []
+    log = AuditLog(StdoutSink(write), FakeClock(), lost.append)
+    total = 0
+    while not lost:
+        for _ in range(50):
+            log.workflow(record(total))
+            total += 1
+        assert total < 100_000, "what waits is bounded"
+    assert not log.healthy
+    seen = b""
+    while len(seen.splitlines()) < total - sum(lost):
+        seen += os.read(read, 1 << 20)
+    assert numbers(seen) == list(range(total - sum(lost))), "what was taken comes whole and in order"
+    log.workflow(record(total))
+    log.close()
+    assert numbers(os.read(read, 1 << 20)) == [total] and log.healthy
+    os.close(read)
+    os.close(write)
+
+
+def test_a_standard_output_whose_reader_has_gone_is_said() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    lost: list[int] = []
+    log = AuditLog(StdoutSink(write), FakeClock(), lost.append)
+    tries = 0
+    while log.healthy:
+        log.workflow(record(tries))
+        log.flush()
+        tries += 1
+        assert tries < 100_000
+    assert sum(lost) >= 1
+    log.close()
+    os.close(write)
