@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
+from typing import NamedTuple
 
 from sidecar.model.lease import TokenCheck
 
 
-@dataclass(frozen=True, slots=True)
-class Authority:
+class Authority(NamedTuple):
     """One destination: normalised host (lower case, A-labels, no trailing dot; IP literals without brackets), port."""
 
     host: str

@@ -3,6 +3,7 @@
 Three ways in, one rule: the destination is fixed before policy, and nothing that the agent writes can name a second one.
 """
 
+import re
 from functools import lru_cache
 from typing import Literal
 
@@ -12,6 +13,8 @@ from sidecar.proxy.egress import is_loopback
 from sidecar.proxy.http1 import RequestHead
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
+
+_ABSOLUTE = re.compile(rb"([A-Za-z]++)://([^/?]*+)(.*+)", re.DOTALL)
 
 Mode = Literal["explicit", "intercepted", "reverse"]
 """How a call came; in the audit record."""
@@ -87,11 +90,9 @@ def _names_this_machine(host: bytes) -> bool:
 
 def _split_absolute(target: bytes, scheme: str) -> tuple[Authority, bytes]:
     """`scheme://authority/path` into the authority and the origin form."""
-    prefix = scheme.encode() + b"://"
-    if target[: len(prefix)].lower() != prefix:
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None or match[1].lower() != scheme.encode():
         raise _mismatch(f"the request line is neither {scheme}://… nor CONNECT")
-    rest = target[len(prefix) :]
-    cut = min((i for i in (rest.find(b"/"), rest.find(b"?")) if i >= 0), default=len(rest))
-    path = rest[cut:]
-    authority = parse_authority(_text(rest[:cut]), 443 if scheme == "https" else 80)
+    authority = parse_authority(_text(match[2]), 443 if scheme == "https" else 80)
+    path = match[3]
     return authority, path if path.startswith(b"/") else b"/" + path
