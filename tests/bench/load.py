@@ -5,6 +5,7 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.bench.processes import LOAD_CORE, on_core
 
@@ -62,11 +63,19 @@ def big(directory: Path, proxy: str) -> int:
     return int(_client(directory, "-x", proxy, "-u", "https://localhost:9443/big", "-c", "1").split()[0])
 
 
-def latency(directory: Path, url: str, rate: float, header: str = "") -> tuple[float, float]:
-    """Milliseconds, p50 and p99, at `rate` plain requests a second."""
+class Latency(NamedTuple):
+    """Milliseconds, and how many requests there were."""
+
+    p50: float
+    p99: float
+    requests: int
+
+
+def latency(directory: Path, url: str, rate: float, header: str = "") -> Latency:
+    """Of plain requests, `rate` a second; 0: as many as go."""
     out = _client(directory, "-u", url, "-H", header, "-r", str(rate))
     p50, p99 = re.findall(r"=([\d.]+)ms", out)
-    return float(p50), float(p99)
+    return Latency(float(p50), float(p99), int(out.split()[0]))
 
 
 def _client(directory: Path, *words: str) -> str:
