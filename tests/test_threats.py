@@ -15,6 +15,7 @@ import pytest
 from sidecar.app import World
 from sidecar.cli import environment
 from sidecar.cli.stage import Stage
+from sidecar.client.trust import write_bundle
 from sidecar.clock import SystemClock
 from sidecar.credentials.header import render
 from sidecar.demo.tools import DemoTool
@@ -457,7 +458,7 @@ def test_n9_nothing_is_excepted_from_the_proxy(tmp_path: Path) -> None:
         "HTTPS_PROXY": "http://evil",
         "KEEP": "1",
     }
-    bundle = environment.write_bundle(tmp_path, "PEM")
+    bundle = write_bundle(tmp_path, "PEM")
     built = environment.build(inherited, "http://127.0.0.1:1", bundle, "00-x", "")
     assert not {k for k in built if k.lower() in ("no_proxy", "all_proxy")} and built["KEEP"] == "1"
     assert {built[k] for k in built if k.lower() in ("http_proxy", "https_proxy")} == {"http://127.0.0.1:1"}

@@ -21,6 +21,7 @@ import uvloop
 
 from sidecar.cli import environment
 from sidecar.cli.stage import AGENT_ID, Stage
+from sidecar.client.trust import write_bundle
 from sidecar.control import convert
 from sidecar.demo.tools import masked
 from sidecar.errors import CallerError, Reason
@@ -127,7 +128,7 @@ async def _spawn(
     stage: Stage, opened: pb.OpenResponse, arguments: list[str]
 ) -> tuple[asyncio.subprocess.Process, tempfile.TemporaryDirectory[str]]:
     directory = tempfile.TemporaryDirectory(prefix="spanlock-demo-agent-")
-    bundle = environment.write_bundle(Path(directory.name), opened.ca_pem)
+    bundle = write_bundle(Path(directory.name), opened.ca_pem)
     variables = environment.build(os.environ, opened.proxy_url, bundle, f"00-{_TRACE}-b7ad6b7169203331-01", "")
     variables["DEMO_STREAM"] = f"https://{stage.search.host}:{stage.search.port}/stream"
     program = Path(__file__).parents[1] / "demo" / "agent.py"

@@ -1,7 +1,5 @@
 """The environment of a command run by `exec`: every runtime's proxy and trust variables, inherited ones overridden (N9)."""
 
-import os
-import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,21 +9,6 @@ _BUNDLES = (
 )  # fmt: skip
 """Variables that replace a runtime's trust store: they get the system's roots and ours."""
 _DROPPED = ("ALL_PROXY", "all_proxy", "SSL_CERT_DIR", "NO_PROXY", "no_proxy", "GRPC_ENABLE_FORK_SUPPORT")
-
-
-def write_bundle(directory: Path, ca_pem: str) -> Path:
-    """The system's roots with our CA behind them; also `ca.pem`, our CA alone, for runtimes that add."""
-    system = (
-        os.environ.get("SSL_CERT_FILE") or ssl.get_default_verify_paths().cafile or "/etc/ssl/certs/ca-certificates.crt"
-    )
-    try:
-        roots = Path(system).read_text(encoding="utf-8")
-    except (OSError, UnicodeError):
-        roots = ""
-    (directory / "ca.pem").write_text(ca_pem)
-    bundle = directory / "bundle.pem"
-    bundle.write_text(roots.rstrip() + "\n" + ca_pem)
-    return bundle
 
 
 def build(inherited: Mapping[str, str], proxy_url: str, bundle: Path, traceparent: str, otlp: str) -> dict[str, str]:

@@ -4,24 +4,24 @@ executable, 127 not found."""
 
 import json
 import os
-import queue
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, TypeVar
 
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment
+from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
-from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 _FAILED = 125
@@ -49,40 +49,6 @@ class _Failure(Exception):
     """Ours, not the command's; the text is for the user."""
 
 
-class _Held:
-    """A workflow held open by a stream: if this process dies, the stream ends and the workflow closes."""
-
-    def __init__(self, socket: Path, name: str, trace_id: str) -> None:
-        self._requests: queue.SimpleQueue[pb.HoldRequest | None] = queue.SimpleQueue()
-        self._channel = grpc.insecure_channel(f"unix:{socket}")
-        opening = pb.OpenRequest(name=name, trace_id=trace_id, listener=True)
-        self._requests.put(pb.HoldRequest(open=opening))
-        self._stream: Any = workflows_pb2_grpc.WorkflowsStub(self._channel).Hold(self._feed())  # type: ignore[no-untyped-call]
-        try:
-            self.opened: pb.OpenResponse = next(self._stream).opened
-        except grpc.RpcError as error:
-            raise _Failure(f"the sidecar on {socket} did not open a workflow: {error.details()}") from None
-
-    def _feed(self) -> Iterator[pb.HoldRequest]:
-        while (request := self._requests.get()) is not None:
-            yield request
-
-    def close(self) -> pb.CloseResponse | None:
-        """The report; None when the sidecar is gone."""
-        self._requests.put(pb.HoldRequest(close=True))
-        try:
-            for response in self._stream:
-                if response.HasField("closed"):
-                    closed: pb.CloseResponse = response.closed
-                    return closed
-        except grpc.RpcError:
-            return None
-        finally:
-            self._requests.put(None)
-            self._channel.close()
-        return None
-
-
 def command(
     cmd: list[str] = typer.Argument(..., metavar="-- CMD…", help="The command and its arguments."),
     config: str = typer.Option(None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."),
@@ -101,7 +67,7 @@ def command(
 
 def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, receipt: str | None) -> int:
     sidecar: subprocess.Popen[bytes] | None = None
-    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as private:
+    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as private, _receipt(receipt) as writing:
         try:
             socket = _agent_socket(agent)
             if socket is None and config is not None:
@@ -110,25 +76,41 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
                 raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
             _await_identity(socket)
             trace_id = secrets.token_hex(16)
-            held = _Held(socket, name or Path(cmd[0]).name, trace_id)
-            bundle = environment.write_bundle(Path(private), held.opened.ca_pem)
+            held = _hold(socket, name or Path(cmd[0]).name, trace_id)
             variables = environment.build(
                 os.environ,
-                held.opened.proxy_url,
-                bundle,
+                held.proxy_url,
+                Path(held.write_bundle(private)),
                 f"00-{trace_id}-{secrets.token_hex(8)}-01",
                 held.opened.otlp_endpoint,
             )
             variables["SPANLOCK_SOCKET"] = str(socket)
-            variables["SPANLOCK_WORKFLOW"] = held.opened.workflow.id
+            variables["SPANLOCK_WORKFLOW"] = held.id
             status = _run(cmd, variables)
-            report = held.close()
-            _tell(report, receipt)
+            _tell(held.close(), writing)
             return status
         finally:
             if sidecar is not None:
                 sidecar.terminate()
                 sidecar.wait()
+
+
+def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
+    """The receipt's file, opened before anything runs: one that cannot be written is said while it can still be mended."""
+    if path is None:
+        return nullcontext()
+    try:
+        return Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise _Failure(f"--receipt {path}: {error.strerror}") from None
+
+
+def _hold(socket: Path, name: str, trace_id: str) -> WorkflowHold:
+    """Held open by a stream: if this process dies, the stream ends and the workflow closes."""
+    try:
+        return workflow(name, socket=str(socket), trace_id=trace_id).open()
+    except SpanlockUnavailable as error:
+        raise _Failure(f"the sidecar did not open a workflow: {error}") from None
 
 
 def _agent_socket(agent: str | None) -> Path | None:
@@ -189,11 +171,25 @@ def _run(cmd: list[str], variables: dict[str, str]) -> int:
     """The command in a process group of its own, in the foreground of a terminal if there is one."""
     shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *cmd]
     child = subprocess.Popen(shim, env=variables, process_group=0)
-    with _Foreground(child.pid):
+    with _Foreground(child.pid) as terminal:
         for number in (*_FORWARDED, signal.SIGINT, signal.SIGQUIT):
             signal.signal(number, lambda received, _: _signal_group(child.pid, received))
-        status = child.wait()
+        status = _wait(child, terminal)
     return 128 - status if status < 0 else status
+
+
+def _wait(child: subprocess.Popen[bytes], terminal: "_Foreground") -> int:
+    """The command's exit status. Stopped by Ctrl-Z, it takes us along, so that the shell gets its terminal; `fg` goes on."""
+    while True:
+        _, status = os.waitpid(child.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            child.returncode = os.waitstatus_to_exitcode(status)
+            return child.returncode
+        if terminal.is_ours:
+            terminal.take_back()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            terminal.give()
+            _signal_group(child.pid, signal.SIGCONT)
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -204,23 +200,34 @@ def _signal_group(group: int, number: int) -> None:
 
 
 class _Foreground:
-    """Gives the terminal to the child's group, and takes it back."""
+    """Gives the terminal to the child's group, and takes it back. Ours to give only while we are in its foreground."""
 
     def __init__(self, group: int) -> None:
         self._group = group
-        self._terminal = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
+        self._terminal = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
+        self.is_ours = self._terminal >= 0 and os.tcgetpgrp(self._terminal) == os.getpgrp()
 
-    def __enter__(self) -> None:
-        if self._terminal is not None:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    def give(self) -> None:
+        """The child's group is in the foreground from now on, if we are in it (`bg` leaves us out)."""
+        if self.is_ours and os.tcgetpgrp(self._terminal) == os.getpgrp():
             os.tcsetpgrp(self._terminal, self._group)
 
-    def __exit__(self, *_: object) -> None:
-        if self._terminal is not None:
+    def take_back(self) -> None:
+        """We are in the foreground again, unless the shell has it."""
+        if self.is_ours and os.tcgetpgrp(self._terminal) == self._group:
             os.tcsetpgrp(self._terminal, os.getpgrp())
 
+    def __enter__(self) -> "_Foreground":
+        if self.is_ours:
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        self.give()
+        return self
 
-def _tell(report: pb.CloseResponse | None, receipt: str | None) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.take_back()
+
+
+def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
     """The last line on standard error: what died, and what did not."""
     if report is None:
         print("spanlock: the sidecar went away; what it held ends with its own expiry", file=sys.stderr)
@@ -245,7 +252,7 @@ def _tell(report: pb.CloseResponse | None, receipt: str | None) -> None:
             "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
             "credentials": ends,
         }
-        Path(receipt).write_text(json.dumps(document, indent=1) + "\n")
+        receipt.write(json.dumps(document, indent=1) + "\n")
 
 
 def summary(report: pb.CloseResponse) -> str:
@@ -266,4 +273,5 @@ def summary(report: pb.CloseResponse) -> str:
         tools = ", ".join(f"{e.tool}: {e.token_check}, at most {e.residual.seconds} s" for e in residual)
         parts.append(f"residual at the tool ({tools})")
     milliseconds = report.revoked_after.ToNanoseconds() / 1e6
-    return f"{len(report.leases)} credentials: {', '.join(parts)}; revoked in {milliseconds:.0f} ms"
+    number = len(report.leases)
+    return f"{number} credential{'s' * (number != 1)}: {', '.join(parts)}; revoked in {milliseconds:.0f} ms"

@@ -6,15 +6,23 @@ The workflow is held open by a stream, so that a crash of this process closes it
 import asyncio
 import os
 import queue
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 
+from sidecar.client import trust
 from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2, workflows_pb2_grpc
 
 _DEFAULT = "/run/spanlock/agent.sock"
+_OPEN_SECONDS = 10.0
+_CALL_SECONDS = 30.0
+"""The sidecar's own deadlines are shorter: past these it hangs, and the agent must not hang with it."""
 
 
 class SpanlockUnavailable(RuntimeError):
@@ -66,6 +74,14 @@ class WorkflowHold:
         """The CA of intercepted connections, to trust beside others."""
         return self.opened.ca_pem
 
+    def ssl_context(self) -> ssl.SSLContext:
+        """Trusts the system's roots and the sidecar: for httpx (`verify=`), aiohttp (`ssl=`), urllib (`context=`)."""
+        return trust.ssl_context(self.ca_pem)
+
+    def write_bundle(self, directory: str | Path) -> str:
+        """The same as a file in `directory`, for `requests`: session.verify = work.write_bundle(directory)."""
+        return str(trust.write_bundle(Path(directory), self.ca_pem))
+
     def __repr__(self) -> str:
         return f"WorkflowHold({self._opened.workflow.id if self._opened else 'not open'})"
 
@@ -75,12 +91,24 @@ class WorkflowHold:
         self._requests.put(workflows_pb2.HoldRequest(open=self._request))
         self._stream = workflows_pb2_grpc.WorkflowsStub(self._channel).Hold(self._feed())  # type: ignore[no-untyped-call]
         try:
-            self._opened = next(self._stream).opened
-        except grpc.RpcError as error:
+            with self._within(_OPEN_SECONDS):
+                self._opened = next(self._stream).opened
+        except (grpc.RpcError, StopIteration) as error:
+            self._requests.put(None)
             self._channel.close()
-            fix = "is the sidecar running, and is SPANLOCK_SOCKET this agent's socket?"
-            raise SpanlockUnavailable(f"{self._socket}: {error.details()}; {fix}") from None
+            raise SpanlockUnavailable(f"{self._socket}: {_why(error)}") from None
         return self
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """Cancels the stream when the block takes longer: it lives as long as the work, so it has no deadline of its own."""
+        timer = threading.Timer(seconds, self._stream.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _feed(self) -> Iterator[workflows_pb2.HoldRequest]:
         while (request := self._requests.get()) is not None:
@@ -99,20 +127,21 @@ class WorkflowHold:
         )
         try:
             stub = token_exchange_pb2_grpc.TokenExchangeStub(self._channel)  # type: ignore[no-untyped-call]
-            response: token_exchange_pb2.ExchangeResponse = stub.Exchange(request)
+            response: token_exchange_pb2.ExchangeResponse = stub.Exchange(request, timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
             raise SpanlockUnavailable(str(error.details())) from None
         return response
 
     def close(self) -> workflows_pb2.CloseResponse | None:
-        """Ends the workflow; the report, or None when the sidecar is gone."""
+        """Ends the workflow; the report, or None when the sidecar is gone or does not answer within 30 seconds."""
         if self._opened is None or self._channel is None:
             return self.report
         self._requests.put(workflows_pb2.HoldRequest(close=True))
         try:
-            for response in self._stream:
-                if response.HasField("closed"):
-                    self.report = response.closed
+            with self._within(_CALL_SECONDS):
+                for response in self._stream:
+                    if response.HasField("closed"):
+                        self.report = response.closed
         except grpc.RpcError:
             self.report = None
         self._requests.put(None)
@@ -135,6 +164,16 @@ class WorkflowHold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _why(error: Exception) -> str:
+    if not isinstance(error, grpc.RpcError):
+        return "the sidecar ended the stream; is it shutting down?"
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return f"no answer within {_OPEN_SECONDS:g} s; the sidecar hangs"
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return f"{error.details()}; is the sidecar running, and is SPANLOCK_SOCKET this agent's socket?"
+    return str(error.details())
 
 
 def workflow(

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import shlex
 import socket
 import subprocess
 import sys
@@ -153,6 +154,27 @@ def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[i
     return os.waitstatus_to_exitcode(status), screen
 
 
+def typed_in(words: list[str], env: dict[str, str], typed: list[tuple[bytes, bytes]]) -> bytes:
+    """Runs `words` in a terminal and types each answer once what comes before it is on the screen. All that was on it."""
+    pid, master = pty.fork()
+    if pid == 0:
+        os.execvpe(words[0], words, env)
+    screen, seen = b"", 0
+    try:
+        for prompt, answer in typed:
+            while (found := screen.find(prompt, seen)) < 0:
+                screen += os.read(master, 4096)
+            seen = found + len(prompt)
+            os.write(master, answer)
+        while True:
+            screen += os.read(master, 4096)
+    except OSError:  # EIO: the last process of the terminal is gone
+        return screen
+    finally:
+        os.waitpid(pid, 0)
+        os.close(master)
+
+
 async def test_a_terminal_is_the_commands_own(stage: Stage) -> None:
     """It sees a terminal, is in its foreground (else reading would stop it), and Ctrl-C goes to it alone."""
     script = "test -t 0 && test -t 1 && echo ready; read line; echo got $line"
@@ -164,6 +186,33 @@ async def test_a_terminal_is_the_commands_own(stage: Stage) -> None:
     status, screen = await asyncio.to_thread(in_a_terminal, words_of("bash", "-c", script), variables(stage), b"\x03")
     assert status == 3 and b"interrupted" in screen, screen
     assert b"no credentials were needed" in screen, "the last line is still ours"
+
+
+async def test_ctrl_z_gives_the_shell_its_terminal_and_fg_goes_on(stage: Stage) -> None:
+    """In a real shell with job control; in the background the command does not take the terminal away."""
+    command = shlex.join(words_of("bash", "-c", "echo ready; read line; echo got $line"))
+    typed = [
+        (b"prompt> ", command.encode() + b"\n"),
+        (b"\r\nready", b"\x1a"),
+        (b"Stopped", b"echo shell-$((1+1))\n"),
+        (b"\r\nshell-2", b"fg\n"),
+        (b"fg\r\n", b"more\n"),
+        (b"got more", b""),
+        (b"no credentials were needed", shlex.join(words_of("true")).encode() + b" &\n"),
+        (b"no credentials were needed", b"echo still-$((2+2))\n"),
+        (b"\r\nstill-4", b"exit\n"),
+    ]
+    env = variables(stage, PS1="prompt> ", HISTFILE="/dev/null", TERM="dumb")
+    shell = ["bash", "--norc", "--noprofile", "-i"]
+    screen = await asyncio.wait_for(asyncio.to_thread(typed_in, shell, env, typed), 50)
+    assert b"still-4" in screen, screen
+
+
+async def test_a_receipt_that_cannot_be_written_is_said_before_anything_runs(stage: Stage, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    words = words_of("touch", str(ran), options=("--receipt", str(tmp_path / "no" / "receipt.json")))
+    status, _, err = await run(*words, env=variables(stage))
+    assert status == 125 and "--receipt" in err and "No such file" in err and not ran.exists()
 
 
 async def test_our_own_failures_are_125_and_say_what_to_do(tmp_path: Path) -> None:

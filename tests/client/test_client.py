@@ -1,13 +1,18 @@
 """The client library against the real sidecar, and what importing it pulls in."""
 
 import asyncio
+import socket
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import httpx
 import pytest
 import requests
 from opentelemetry.sdk.trace import TracerProvider
 
+from sidecar.client import workflow as client
 from sidecar.client.otel import SpanlockSpanProcessor
 from sidecar.client.workflow import SpanlockUnavailable, workflow
 from tests.stage import ready_stage, url
@@ -29,9 +34,8 @@ async def test_sync_with_requests() -> None:
 
         def work() -> object:
             with workflow("report", socket=str(stage.agent_socket)) as held:
-                (stage.dir / "ca.pem").write_text(held.ca_pem)
                 session = requests.Session()
-                session.trust_env, session.verify = False, str(stage.dir / "ca.pem")
+                session.trust_env, session.verify = False, held.write_bundle(stage.dir)
                 assert session.get(url(stage.search), proxies=held.proxies, timeout=10).status_code == 200
                 assert held.handle not in repr(held)
             return held.report
@@ -44,12 +48,39 @@ async def test_async() -> None:
     async with ready_stage() as stage:
         async with workflow("report", socket=str(stage.agent_socket)) as held:
             assert stage.app.registry.get(held.id).name == "report"
+            async with httpx.AsyncClient(proxy=held.proxy_url, verify=held.ssl_context(), trust_env=False) as agent:
+                assert (await agent.get(url(stage.search))).status_code == 200
         assert held.report is not None and held.report.reason == "closed"
 
 
 def test_no_sidecar_is_said_with_the_fix() -> None:
     with pytest.raises(SpanlockUnavailable, match="SPANLOCK_SOCKET"), workflow("x", socket="/nonexistent.sock"):
         pass
+
+
+def test_a_sidecar_that_hangs_does_not_hang_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_OPEN_SECONDS", 0.2)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s.sock"))
+        silent.listen()
+        with pytest.raises(SpanlockUnavailable, match="no answer within 0.2 s"):
+            workflow("x", socket=str(tmp_path / "s.sock")).open()
+        processor = SpanlockSpanProcessor(socket=str(tmp_path / "s.sock"))
+        provider = TracerProvider()
+        provider.add_span_processor(processor)
+        with provider.get_tracer("t").start_as_current_span("work"):
+            pass
+        assert not processor._held
+
+
+async def test_a_sidecar_that_hangs_at_the_close_does_not_hang_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ready_stage() as stage:
+        held = await asyncio.to_thread(workflow("report", socket=str(stage.agent_socket)).open)
+        monkeypatch.setattr(client, "_CALL_SECONDS", 0.2)
+        thread = threading.Thread(target=held.close)
+        thread.start()
+        thread.join()  # holds up the loop that the sidecar runs on
+        assert held.report is None
 
 
 async def test_the_span_processor_opens_and_closes_with_the_root_span() -> None:
