@@ -153,7 +153,7 @@ def _await_identity(socket: Path) -> None:
         check = health_pb2_grpc.HealthStub(channel).Check
         try:
             request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
-            if not _await(lambda: check(request).status == serving):
+            if not _await(lambda: check(request, timeout=_START_SECONDS).status == serving):
                 raise _Failure(f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why")
         except grpc.RpcError as error:
             raise _Failure(f"no sidecar answers on {socket}: {error.details()}") from None

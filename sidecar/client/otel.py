@@ -38,7 +38,7 @@ class SpanlockSpanProcessor(SpanProcessor):
         if context is None:
             return
         hold = workflow(
-            span.name[:128],
+            span.name,
             socket=self._socket,
             trace_id=f"{context.trace_id:032x}",
             root_span_id=f"{context.span_id:016x}",

@@ -184,7 +184,8 @@ def workflow(
     `socket`: the agent's socket; default SPANLOCK_SOCKET. `trace_id` (32 hex digits) lets calls bind by traceparent, and
     `root_span_id` names the span whose end in OTLP closes. `subject_token`: a user's token to exchange on behalf of.
     """
+    shown = "".join(c if c.isprintable() else "?" for c in name[:128])  # it is a label: no reason to fail the work
     request = workflows_pb2.OpenRequest(
-        name=name, trace_id=trace_id, root_span_id=root_span_id, subject_token=subject_token, listener=True
+        name=shown, trace_id=trace_id, root_span_id=root_span_id, subject_token=subject_token, listener=True
     )
     return WorkflowHold(socket or os.environ.get("SPANLOCK_SOCKET", _DEFAULT), request)

@@ -164,9 +164,9 @@ def _seconds(request: pb.OpenRequest, field: str) -> float | None:
 
 
 def _check(request: pb.OpenRequest) -> None:
-    name = request.name
-    if len(name) > _MAX_NAME or any(ord(c) < 32 or ord(c) == 127 for c in name):
-        raise _invalid("name", "at most 128 characters without control characters")
+    if len(request.name) > _MAX_NAME or not request.name.isprintable():
+        # An operator's terminal shows it: no escape in C0 or C1, nothing that turns the direction of what follows.
+        raise _invalid("name", "at most 128 printable characters")
     if request.trace_id and not _TRACE.fullmatch(request.trace_id):
         raise _invalid("trace_id", "32 lower-case hex digits, not all zero")
     if request.root_span_id and (not request.trace_id or not _SPAN.fullmatch(request.root_span_id)):

@@ -88,7 +88,7 @@ async def test_the_span_processor_opens_and_closes_with_the_root_span() -> None:
         provider = TracerProvider()
         provider.add_span_processor(SpanlockSpanProcessor(socket=str(stage.agent_socket)))
         tracer = provider.get_tracer("t")
-        root = await asyncio.to_thread(tracer.start_span, "work")
+        root = await asyncio.to_thread(tracer.start_span, "work\n" + "x" * 200)
         (noun,) = stage.app.registry.remembered("demo")
         assert noun.trace_id == f"{root.get_span_context().trace_id:032x}"
         gone = stage.app.registry.wait_closed(noun)

@@ -107,6 +107,8 @@ async def test_renew_never_passes_the_maximum_age() -> None:
 
 INVALID = {
     "a name with a line break": pb.OpenRequest(name="a\nb"),
+    "a name that speaks to a terminal": pb.OpenRequest(name="a\x9b2Jb"),
+    "a name that turns its direction": pb.OpenRequest(name="a\u202eb"),
     "a name too long": pb.OpenRequest(name="x" * 129),
     "a trace id of another shape": pb.OpenRequest(name="x", trace_id="ABC"),
     "an all-zero trace id": pb.OpenRequest(name="x", trace_id="0" * 32),
