@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sidecar import __version__
+
+_UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
 _VERBS = {
     "demo": "The whole story in one command: embedded identity, issuer, tools, a real sidecar and an agent.",
@@ -24,6 +26,17 @@ _VERBS = {
 }
 
 
+class _Exec(TyperCommand):
+    """`exec` passes its command's status on, so what is wrong with its own words is 125 as its other failures are, not 2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            error.exit_code = 125
+            raise
+
+
 class _Verbs(TyperGroup):
     """Each verb is a module of this package with a function of its own name."""
 
@@ -35,8 +48,9 @@ class _Verbs(TyperGroup):
             return None
         module = importlib.import_module(f"sidecar.cli.{cmd_name}")
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if cmd_name == "exec" else {}
-        app.command(cmd_name, help=module.__doc__, context_settings=settings)(module.command)
+        cls = _Exec if cmd_name == "exec" else TyperCommand
+        settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if cls is _Exec else {}
+        app.command(cmd_name, cls=cls, help=module.__doc__, context_settings=settings)(module.command)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:

@@ -220,5 +220,7 @@ async def test_our_own_failures_are_125_and_say_what_to_do(tmp_path: Path) -> No
     env.pop("SPANLOCK_SOCKET", None)
     status, _, err = await run(*words_of("true"), env=env)
     assert status == 125 and "spanlock run" in err
+    status, _, err = await run(*words_of(), env=env)
+    assert status == 125 and "CMD" in err
     status, _, err = await run(*words_of("true", options=("-c", str(tmp_path / "none.yaml"))), env=env)
     assert status == 125 and "none.yaml" in err
