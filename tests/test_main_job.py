@@ -7,8 +7,10 @@ import os
 import grpc
 import httpx
 import pytest
+from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as grpc_exporter
+from opentelemetry.exporter.otlp.proto.http import trace_exporter as http_exporter
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter
 
 from sidecar.errors import Reason
 from sidecar.model.workflow import CloseReason
@@ -139,31 +141,17 @@ async def test_the_end_of_hold_closes() -> None:
         assert noun.close_reason is CloseReason.HOLDER_GONE
 
 
-async def test_the_root_span_in_otlp_closes() -> None:
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+async def test_the_root_span_in_otlp_closes(protocol: str) -> None:
     async with ready_stage() as stage:
+        exporter: SpanExporter = (
+            http_exporter.OTLPSpanExporter(endpoint=f"http://127.0.0.1:{stage.app.otlp.http_port}/v1/traces")
+            if protocol == "http"
+            else grpc_exporter.OTLPSpanExporter(endpoint=f"127.0.0.1:{stage.app.otlp.grpc_port}", insecure=True)
+        )
         provider = TracerProvider()
-        exporter = OTLPSpanExporter(endpoint=f"http://127.0.0.1:{stage.app.otlp.http_port}/v1/traces")
         provider.add_span_processor(SimpleSpanProcessor(exporter))
-        tracer = provider.get_tracer("test")
-        root = tracer.start_span("invoke_workflow")
-        trace_id = f"{root.get_span_context().trace_id:032x}"
-        noun = stage.app.registry.get((await opened(stage, trace_id=trace_id)).workflow.id)
-        gone = stage.app.registry.wait_closed(noun)
-        await asyncio.to_thread(root.end)
-        await asyncio.wait_for(gone, 5)
-        assert noun.close_reason is CloseReason.SPAN_ENDED
-
-
-async def test_the_root_span_in_otlp_grpc_closes() -> None:
-    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-
-    async with ready_stage() as stage:
-        provider = TracerProvider()
-        exporter = OTLPSpanExporter(endpoint=f"127.0.0.1:{stage.app.otlp.grpc_port}", insecure=True)
-        provider.add_span_processor(SimpleSpanProcessor(exporter))
-        root = provider.get_tracer("test").start_span("root")
+        root = provider.get_tracer("test").start_span("invoke_workflow")
         trace_id = f"{root.get_span_context().trace_id:032x}"
         noun = stage.app.registry.get((await opened(stage, trace_id=trace_id)).workflow.id)
         gone = stage.app.registry.wait_closed(noun)

@@ -26,7 +26,12 @@ class Outbox:
     def _send(self) -> None:
         full, self._full = self._full, []
         for sender in full:
-            sender.flush()
+            try:
+                sender.flush()
+            except Exception as error:  # noqa: BLE001 - one connection's trouble must not hold up the others
+                context = {"message": "a connection could not be written", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
+                sender.abort()
 
 
 class Sender(asyncio.Protocol):

@@ -84,3 +84,23 @@ async def test_a_write_while_the_step_is_flushed_goes_out_with_the_next() -> Non
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert arrived(far) == b"again"
+
+
+async def test_one_connection_that_cannot_be_written_does_not_hold_up_the_others() -> None:
+    class Broken(Plain):
+        aborted = False
+
+        def flush(self) -> None:
+            raise RuntimeError("the handle is closed")
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    outbox, told = Outbox(), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+    async with pair(outbox) as (one, far):
+        broken = Broken(outbox)
+        outbox.add(broken)
+        one.write(b"goes out")
+        await asyncio.sleep(0)
+        assert arrived(far) == b"goes out" and broken.aborted and told == ["a connection could not be written"]
