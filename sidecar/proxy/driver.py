@@ -46,6 +46,10 @@ class Driven:
         elif self._coroutine is not None and self._task is None and not self._running:
             self._run()
 
+    def crashed(self) -> None:
+        """The coroutine ended by an exception, which is a bug: gives up what it held."""
+        raise NotImplementedError
+
     def cancel_wait(self) -> None:
         """Ends a wait for a real future (a dial, an exchange) with CancelledError; parked waits end by `wake`."""
         if self._task is not None and self._waiter is None and not self._running:
@@ -60,6 +64,12 @@ class Driven:
         except StopIteration:
             self._coroutine = None
             return
+        except Exception as error:  # noqa: BLE001 - a bug of ours; whoever woke us, a close above all, must go on
+            self._coroutine = None
+            context = {"message": "a flow failed", "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+            self.crashed()
+            return
         finally:
             self._running = False
         if yielded is not self:
@@ -69,6 +79,9 @@ class Driven:
     async def _finish(self, first: Any) -> None:
         try:
             await self._drive(first)
+        except Exception:
+            self.crashed()
+            raise
         finally:
             self._coroutine = self._task = None
 

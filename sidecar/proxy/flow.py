@@ -261,6 +261,12 @@ class Flow(Driven):
         """The lease was withdrawn while this call was in flight."""
         self.fail(CallerError(Reason.LEASE_GONE, "the credential was withdrawn while this call was in flight"))
 
+    def crashed(self) -> None:
+        """`serve` raised, so nobody knows how far it came: both connections end."""
+        if self.upstream is not None:
+            self.upstream.abort()
+        self.downstream.abort()
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:

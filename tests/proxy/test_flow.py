@@ -1,6 +1,7 @@
 """The way of a request when it is broken off: at each suspension, from inside its own stack, and by time."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Coroutine
@@ -164,6 +165,30 @@ async def test_a_close_in_the_step_of_the_write_keeps_the_credential_here(monkey
         report = await closed(stage, workflow.workflow.id)
         assert stage.search.requests == served, "the tool saw nothing of the second call"
         assert report.reason == "operator"
+
+
+async def test_a_bug_in_one_call_costs_that_call_and_holds_up_no_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wakes a flow (a close, above all) is not where its exception belongs: the leases must still be dropped."""
+    async with ready_stage() as stage:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+        workflow = await opened(stage)
+        await call(stage, workflow.handle)  # dials and exchanges, so that the next call needs no task
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]))
+        head = f"GET /search/stream HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {workflow.handle}\r\n\r\n"
+        writer.write(head.encode())
+        assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"data: 1"), 10)
+
+        def broken(record: FlowRecord) -> None:
+            raise RuntimeError("a bug of ours")
+
+        monkeypatch.setattr(stage.app.audit, "flow", broken)
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == ["confirmed"] and told == ["a bug of ours"]
+        with contextlib.suppress(ConnectionError):
+            await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        assert not stage.app.broker.leases()
 
 
 async def test_one_uids_flood_does_not_shut_out_another(monkeypatch: pytest.MonkeyPatch) -> None:
