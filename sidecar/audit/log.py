@@ -70,10 +70,11 @@ class AuditLog:
             try:
                 self._sink.write(b"".join(map(encode, queue)))
                 self._broken = False
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a record that is no JSON, which is a bug of ours
                 lost += len(queue)
                 if not self._broken:
-                    self._log.error("audit_sink_failed", error=error.strerror, lost=lost)
+                    why = error.strerror if isinstance(error, OSError) else "a record cannot be encoded"
+                    self._log.error("audit_sink_failed", error=why, lost=lost)
                 self._broken = True
         if lost:
             self._on_lost(lost)

@@ -230,8 +230,7 @@ class Broker:
     def close_workflow(self, workflow: Workflow) -> asyncio.Task[CloseReport]:
         """Everything of `workflow` is dropped before this returns; the task revokes, and reports within the deadline."""
         started = self._clock.monotonic()
-        for held in self.live.matching(workflow=workflow.id):
-            self._drop(held, LeaseEvent.WORKFLOW_CLOSED, str(workflow.close_reason))
+        self._drop_all(self.live.matching(workflow=workflow.id), LeaseEvent.WORKFLOW_CLOSED, str(workflow.close_reason))
         helds = self._endings.take(workflow.id)
         self._uses.pop(workflow.id, None)
         self._barred.pop(workflow.id, None)
@@ -251,10 +250,10 @@ class Broker:
         With `reissue` the next use exchanges anew; without, the workflow can lease that tool no more.
         """
         matching = self.live.matching(workflow, agent, tool)
-        for held in matching:
-            if not reissue:
+        if not reissue:
+            for held in matching:
                 self._barred.setdefault(held.lease.key.workflow, set()).add(held.lease.key.tool)
-            self._drop(held, LeaseEvent.WITHDRAWN, "withdrawn")
+        self._drop_all(matching, LeaseEvent.WITHDRAWN, "withdrawn")
         return await self._endings.ends(matching)
 
     def expire(self, held: Held) -> None:
@@ -263,14 +262,22 @@ class Broker:
             self._drop(held, LeaseEvent.EXPIRED, "expired")
 
     def _drop(self, held: Held, event: LeaseEvent, reason: str) -> None:
-        """Unusable by any flow, at once. What was minted is reachable to the revoker alone from here on."""
-        held.lease.state = step(LEASE_TABLE, held.lease.state, event)
-        held.strip()
-        self.live.remove(held)
-        self._handles.drop(held.lease)
-        self._on_drop(held.workflow, held.lease)
-        self._events.tell(held, "dropped", reason=reason)
-        self._endings.begin(held, reason)
+        self._drop_all([held], event, reason)
+
+    def _drop_all(self, helds: list[Held], event: LeaseEvent, reason: str) -> None:
+        """Unusable by any flow, at once. What was minted is reachable to the revoker alone from here on.
+
+        All are dropped before anybody is told: whatever goes wrong in the telling, none is left behind.
+        """
+        for held in helds:
+            held.lease.state = step(LEASE_TABLE, held.lease.state, event)
+            held.strip()
+            self.live.remove(held)
+            self._handles.drop(held.lease)
+            self._endings.begin(held, reason)
+        for held in helds:
+            self._on_drop(held.workflow, held.lease)
+            self._events.tell(held, "dropped", reason=reason)
 
     # -- renewal (driven by `credentials.renewer`) --------------------------------------------------------------
 

@@ -83,3 +83,14 @@ def test_a_standard_output_whose_reader_has_gone_is_said() -> None:
     assert sum(lost) >= 1
     log.close()
     os.close(write)
+
+
+def test_a_record_that_is_no_json_stops_nothing(tmp_path: Path) -> None:
+    path, lost = tmp_path / "audit.jsonl", []
+    log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
+    log.workflow(record(1)._replace(name="\ud800"))
+    log.flush()
+    assert lost == [1] and not log.healthy
+    log.workflow(record(2))
+    log.close()
+    assert numbers(path.read_bytes()) == [2]

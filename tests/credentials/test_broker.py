@@ -1,6 +1,7 @@
 """The broker with scripted neighbours and a clock turned by hand: every order of issue, renewal, withdrawal and close."""
 
 import asyncio
+import dataclasses
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from sidecar.credentials.config import CredentialsConfig
 from sidecar.credentials.renewer import Renewer
 from sidecar.errors import AnswerLost, CallerError, Denied, IdentityError, IssuerError, Reason
 from sidecar.model.audit import LeaseRecord
-from sidecar.model.lease import Credential, IssuerOutcome, LeaseState, RevocationRecord, TokenCheck
+from sidecar.model.lease import Credential, IssuerOutcome, Lease, LeaseState, RevocationRecord, TokenCheck
 from sidecar.model.policy import Action, Permit, Question
 from sidecar.model.tool import Authority, Tool
 from sidecar.model.workflow import CloseReason, Workflow, WorkflowState
@@ -354,3 +355,19 @@ async def test_a_thousand_workflows_close_without_touching_each_other() -> None:
     kept = await world.broker.lease(other, TOOL, permit())
     await world.close()
     assert world.broker.use(kept, other) == b"Bearer token-1"
+
+
+async def test_whatever_goes_wrong_in_the_telling_every_lease_is_dropped_and_revoked() -> None:
+    world = World()
+    for name in ("one", "two"):
+        await world.broker.lease(world.workflow, dataclasses.replace(TOOL, name=name), permit())
+    assert len(world.alive) == 2
+
+    def broken(workflow: Workflow, lease: Lease) -> None:
+        raise RuntimeError("a bug of ours")
+
+    world.broker._on_drop = broken
+    with pytest.raises(RuntimeError):
+        world.close()
+    await spin()
+    assert not world.broker.leases() and not world.alive
