@@ -7,6 +7,7 @@ end, close every workflow, revoke every lease, say what could not be revoked, cl
 import asyncio
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ from sidecar.triggers.otlp import OtlpReceivers
 from sidecar.wire.spanlock.v1 import admin_pb2
 from sidecar.workflows.registry import Registry
 from sidecar.workflows.roll import Roll
+
+_PAUSE = 1.0
+"""Seconds before a loop that failed begins anew."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,16 @@ class App:
     async def start(self) -> None:
         """Opens every door. Does not wait for SPIRE: readiness says when identities are there. Raises `ConfigError`."""
         asyncio.get_running_loop().set_exception_handler(self._loop_error)
-        spawn = self.background.spawn
-        spawn(self.svids.run(), "svids")
-        spawn(self.registry.run(), "workflow expiry")
-        spawn(Renewer(self.broker, self.clock).run(), "renewer")
-        spawn(self.audit.run(), "audit")
-        spawn(self.tracer.run(), "tracer")
-        spawn(self.listeners.sweep(self.clock), "sweep")
+        for work, name in (
+            (self.svids.run, "svids"),
+            (self.svids.keep_fresh, "jwt-svid refresh"),
+            (self.registry.run, "workflow expiry"),
+            (Renewer(self.broker, self.clock).run, "renewer"),
+            (self.audit.run, "audit"),
+            (self.tracer.run, "tracer"),
+            (partial(self.listeners.sweep, self.clock), "sweep"),
+        ):
+            self.background.keep(work, name, pause=partial(self.clock.sleep, _PAUSE))
         listeners = self.settings.listeners
         if listeners.explicit is not None:
             self.addresses["explicit"] = await self.listeners.open(listeners.explicit, "explicit")

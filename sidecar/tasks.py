@@ -24,6 +24,22 @@ class Background:
         task.add_done_callback(self._ended)
         return task
 
+    def keep(
+        self, work: Callable[[], Coroutine[Any, Any, None]], name: str, pause: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Starts what must never end while the owner lives: a failure is reported, and after `pause` it begins anew."""
+        self.spawn(self._kept(work, name, pause), name)
+
+    async def _kept(
+        self, work: Callable[[], Coroutine[Any, Any, None]], name: str, pause: Callable[[], Coroutine[Any, Any, None]]
+    ) -> None:
+        while True:
+            try:
+                return await work()
+            except Exception as error:  # noqa: BLE001 - whatever it is: expiry, renewal and identity must go on
+                self._on_failure(name, error)
+            await pause()
+
     def __len__(self) -> int:
         return len(self._tasks)
 

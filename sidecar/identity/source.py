@@ -38,7 +38,7 @@ class _Cached:
 
 
 class WorkloadSvids:
-    """`ports.SvidSource` over the Workload API. `run` supervises the stream; `aclose` ends the channel."""
+    """`ports.SvidSource` over the Workload API. `run` and `keep_fresh` are kept running; `aclose` ends the channel."""
 
     def __init__(
         self,
@@ -152,8 +152,7 @@ class WorkloadSvids:
     # -- the stream ---------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """For ever: keeps the stream up and JWT-SVIDs fresh that live leases need."""
-        self._background.spawn(self._keep_fresh(), "jwt-svid refresh")
+        """For ever: keeps the stream up."""
         waits = delays(_FIRST, _CAP, self._rng)
         while True:
             try:
@@ -221,8 +220,8 @@ class WorkloadSvids:
         self._cache[key] = _Cached(token, expires_at, self._clock.monotonic() + life / 2)
         return token
 
-    async def _keep_fresh(self) -> None:
-        """One JWT-SVID stays valid per issuer while leases live, so that revocation outlives an outage of SPIRE."""
+    async def keep_fresh(self) -> None:
+        """For ever: one JWT-SVID stays valid per issuer while leases live, so that revocation outlives an outage of SPIRE."""
         while True:
             await self._clock.sleep(_REFRESH_EVERY)
             now = self._clock.monotonic()

@@ -39,6 +39,7 @@ async def source(socket: Path) -> AsyncIterator[tuple[WorkloadSvids, Hasty]]:
         WorkloadApi(f"unix://{socket}"), [Agent("a", ID)], clock, random.Random(1), lambda agent: True, background
     )
     background.spawn(svids.run(), "run")
+    background.spawn(svids.keep_fresh(), "fresh")
     try:
         yield svids, clock
     finally:
