@@ -22,7 +22,8 @@ def is_root(span: ReadableSpan) -> bool:
 class SpanlockSpanProcessor(SpanProcessor):
     """Opening happens in the span's start, so that the first call finds its workflow; closing never delays the agent.
 
-    A sidecar that does not answer never breaks the agent: its calls are then refused with `no_workflow`.
+    A sidecar that does not answer never breaks the agent: a span's start waits for it for 10 seconds at most, and the
+    calls are then refused with `no_workflow`.
     """
 
     def __init__(self, socket: str | None = None, match: Match = is_root) -> None:
