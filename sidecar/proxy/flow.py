@@ -96,8 +96,8 @@ class Flow(Driven):
                 lease = self._held(workflow, tool, permit) or await self._issue(
                     workflow, tool, permit
                 )  # which credential
-                self._send(upstream, route, lease, workflow)  # the last liveness check and the write
                 try:
+                    self._send(upstream, route, lease, workflow)  # the last liveness check and the write
                     head = await self._response_head(upstream)
                     break
                 except UpstreamError:
@@ -288,14 +288,12 @@ class Flow(Driven):
                 upstream.write(piece)
 
     def _may_retry(self, upstream: Upstream) -> bool:
-        """Once, on a pooled connection that proved stale: no response byte came, and doing it twice does no harm."""
-        return (
-            self.error is None
-            and upstream.reused
-            and not upstream.answered
-            and self.method in _IDEMPOTENT
-            and self.head.framing.kind == "none"
-        )
+        """Once, on a pooled connection that proved stale: nothing was sent, or no response byte came and twice does no harm."""
+        if self.error is not None or not upstream.reused:
+            return False
+        if upstream.flow is not self:
+            return True
+        return not upstream.answered and self.method in _IDEMPOTENT and self.head.framing.kind == "none"
 
     def _refuse(self, error: SpanlockError) -> str:
         self.error = error

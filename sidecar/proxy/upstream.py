@@ -118,7 +118,7 @@ class Upstream(Sender):
 
     def send(self, request: OutboundRequest, flow: Carried) -> None:
         """Writes the head; a cut in this same step takes it back. The caller has just checked liveness."""
-        if self.transport is None:
+        if not self.alive:
             raise UpstreamError(Reason.UPSTREAM_CLOSED, "the tool closed the connection")
         self.flow = flow
         self.response = self._framing = self.error = None
