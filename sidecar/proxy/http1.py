@@ -103,6 +103,11 @@ class ResponseHead:
     keep_alive: bool
 
 
+def named_by(connection: bytes) -> frozenset[bytes]:
+    """The lower-case names in a `Connection` field: fields that are for the next hop alone (RFC 9110 section 7.6.1)."""
+    return frozenset(part.strip().lower() for part in connection.split(b","))
+
+
 def _malformed(what: str) -> CallerError:
     return CallerError(Reason.MALFORMED_REQUEST, what)
 
@@ -141,6 +146,8 @@ _MEANT = frozenset(
 """The fields that mean something to us."""
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 """Those of an answer."""
+_CUSTOMARY = frozenset((b"", b"close,", b"keep-alive,"))
+"""What `Connection` says in an answer, nearly always."""
 _LISTS = frozenset((b"connection", b"upgrade"))
 _VOID_IF_REPEATED = frozenset((b"authorization", b"traceparent"))
 
@@ -229,6 +236,9 @@ def parse_response(head: bytes, method: bytes, reader: Fields) -> ResponseHead:
             coding = value if coding is None else coding + b"," + value
         else:
             connection += value.lower() + b","
+    if connection not in _CUSTOMARY:
+        named = named_by(connection) - _FRAMING  # our client still needs the length
+        fields = [field for field in fields if field.name not in named]
     framing = _response_framing(method, status, length, coding)
     kept = b"close" not in connection if minor == b"1" else b"keep-alive" in connection
     keep_alive = kept and framing.kind != "until_close"

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from sidecar.model.tool import Route
-from sidecar.proxy.http1 import RequestHead
+from sidecar.proxy.http1 import RequestHead, named_by
 
 _HOP_BY_HOP = (
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
@@ -33,10 +33,6 @@ def stripped(name: bytes) -> bool:
     return folded in _STRIPPED or folded.startswith((b"x-forwarded", b"x-spanlock", b"proxy-"))
 
 
-def _named_by(connection: bytes) -> frozenset[bytes]:
-    return frozenset(part.strip().lower() for part in connection.split(b","))
-
-
 def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundRequest:
     """The request as the tool gets it. `credential` is the header's full value, checked when it was rendered.
 
@@ -45,7 +41,7 @@ def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundReques
     """
     replaced = route.replaced
     if head.connection is not None:
-        replaced |= _named_by(head.connection)
+        replaced |= named_by(head.connection)
     parts = [head.method, route.opening]
     parts += [line for name, _, line in head.headers if name not in replaced]
     parts += (route.ours, credential, b"\r\n")

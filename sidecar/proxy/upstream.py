@@ -9,11 +9,16 @@ from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
 from sidecar.proxy.outbox import Outbox, Sender
 
-_STRIPPED = frozenset(
+_WITHHELD = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
      b"transfer-encoding", b"upgrade", b"alt-svc")
 )  # fmt: skip
 """Of an answer's fields: what is between the tool and us, or would lead the agent past us."""
+
+
+def withheld(name: bytes) -> bool:
+    """Whether a tool's field of this lower-case name never goes to the agent. `x-spanlock-reason` is ours to say."""
+    return name in _WITHHELD or name.startswith(b"x-spanlock")
 
 
 class Carried(Protocol):
@@ -49,7 +54,7 @@ class Upstream(Sender):
         self.address = address
         self.flow: Carried | None = None
         self.reused = False
-        self._fields = Fields(_STRIPPED.__contains__)
+        self._fields = Fields(withheld)
         self._buffer = b""
         self._framing: Framing | None = None
         self.response: ResponseHead | None = None

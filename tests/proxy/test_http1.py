@@ -10,6 +10,7 @@ from sidecar.proxy import http1
 from sidecar.proxy.framing import LAST_CHUNK, Framing, chunk
 from sidecar.proxy.http1 import MAX_FIELDS, Fields, RequestHead, ResponseHead
 from sidecar.proxy.inject import stripped
+from sidecar.proxy.upstream import withheld
 
 HOST = b"Host: tool.test\r\n"
 
@@ -20,7 +21,7 @@ def parse_request(head: bytes) -> RequestHead:
 
 
 def parse_response(head: bytes, method: bytes) -> ResponseHead:
-    return http1.parse_response(head[:-4], method, Fields(stripped))
+    return http1.parse_response(head[:-4], method, Fields(withheld))
 
 
 D1_HEADS = {
@@ -176,6 +177,17 @@ def test_head_responses_have_no_body() -> None:
 def test_d1_malformed_answers_are_refused(head: bytes) -> None:
     with pytest.raises(UpstreamError):
         parse_response(head, b"GET")
+
+
+def test_what_is_between_the_tool_and_us_does_not_reach_the_agent() -> None:
+    head = parse_response(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close, X-Hop, content-length\r\nconnection: x-other\r\n"
+        b'X-Hop: 1\r\nX-Other: 2\r\nKeep-Alive: timeout=5\r\nAlt-Svc: h3=":443"\r\nProxy-Authenticate: Basic\r\n'
+        b"X-Spanlock-Reason: policy_denied\r\nX-Kept: yes\r\n\r\n",
+        b"GET",
+    )
+    assert b"".join(field.line for field in head.headers) == b"content-length: 3\r\nx-kept: yes\r\n"
+    assert not head.keep_alive and head.framing.length == 3
 
 
 class Llhttp:
