@@ -31,7 +31,7 @@ from sidecar.identity.peer import uid_of_peer
 from sidecar.identity.source import WorkloadSvids
 from sidecar.identity.workload_api import WorkloadApi
 from sidecar.model.audit import LeaseRecord, WorkflowRecord
-from sidecar.model.caller import Caller
+from sidecar.model.caller import Agent, Caller
 from sidecar.model.lease import CloseReport, Lease
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import CloseReason, Workflow
@@ -77,7 +77,7 @@ class App:
 
     def __init__(self, settings: Settings, path: Path, around: World) -> None:
         """Builds everything; reads the policy files (relative to the configuration file `path`). Raises `ConfigError`."""
-        self.settings = settings
+        self.settings = self._started_with = settings
         self.path = path
         self.log = logger("app")
         self.clock = clock = around.clock
@@ -94,9 +94,11 @@ class App:
             self.background,
         )
         self.decider = Decider(load_policy(settings.policy, path.parent), agents, tools)
-        self.exchangers = {i.name: build_exchanger(i, self.svids, clock) for i in settings.issuers}
+        exchangers = {i.name: build_exchanger(i, self.svids, clock) for i in settings.issuers}
+        self._exchangers = list(exchangers.values())
+        """Each one ever made: a revocation under way may still use one that a reload has replaced."""
         self.broker = Broker(
-            clock=clock, rng=around.rng, svids=self.svids, exchangers=self.exchangers, decider=self.decider,
+            clock=clock, rng=around.rng, svids=self.svids, exchangers=exchangers, decider=self.decider,
             config=settings.credentials, background=self.background, on_event=self._lease_event, on_drop=self._lease_dropped,
         )  # fmt: skip
         self.registry = Registry(
@@ -107,12 +109,11 @@ class App:
         self.tracer = Tracer(settings.telemetry.otlp_endpoint, clock)
         outbox = Outbox()
         self.pool = Pool(self.background, outbox, around.resolve, self._own_ports)
-        https = {tool.authority.host for tool in tools.values() if tool.scheme == "https"}
         self.plane = Plane(
             registry=self.registry, router=Router(tools.values()), callers=Callers(agents.values()), decider=self.decider,
             broker=self.broker, pool=self.pool, audit=self.audit, metrics=self.metrics, tracer=self.tracer, clock=clock,
-            ca=CertificateAuthority(https, clock), outbox=outbox, background=self.background, limits=settings.limits,
-            find_caller=self.find_caller,
+            ca=CertificateAuthority(_https_hosts(settings), clock), outbox=outbox, background=self.background,
+            limits=settings.limits, find_caller=self.find_caller,
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
         self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
@@ -192,7 +193,7 @@ class App:
         if self.health is not None:
             await self.health.stop()
         await self.background.aclose()
-        for exchanger in self.broker.revoker.exchangers.values():
+        for exchanger in self._exchangers:
             await exchanger.aclose()
         await self.svids.aclose()
         self.audit.close()
@@ -231,11 +232,14 @@ class App:
         changed = [i for i in settings.issuers if i not in self.settings.issuers]
         exchangers = {i.name: build_exchanger(i, self.svids, self.clock) for i in changed}
         router, callers = Router(tools.values()), Callers(agents.values())
-        restart = self._needs_restart(settings, tools)
+        self._refuse_changed(agents)
+        restart = self._needs_restart(settings)
         dismissed = set(self.callers.agents) - set(agents)
         gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
         self.decider.replace(policy, agents, tools)
         self.broker.replace(exchangers)
+        self._exchangers += exchangers.values()
+        self.pool.forget_trust()
         self.plane.callers = callers
         self.svids.replace_agents(list(agents.values()))
         self.plane.router = router
@@ -251,7 +255,17 @@ class App:
         """The tool that is running, when nothing of it changed: its leases live on."""
         return next((running for running in self.plane.router.tools if running == tool), tool)
 
-    def _needs_restart(self, settings: Settings, tools: dict[str, Tool]) -> list[str]:
+    def _refuse_changed(self, agents: dict[str, Agent]) -> None:
+        """A uid or an identity that changed under open workflows, sockets and cached SVIDs is nobody's clear intention."""
+        changed = sorted(name for name, agent in self.callers.agents.items() if agents.get(name, agent) != agent)
+        if changed:
+            raise ConfigError(
+                Reason.CONFIG_INVALID,
+                f"agents: {', '.join(changed)} cannot change while running; restart, or declare the new one by a new name",
+            )
+
+    def _needs_restart(self, settings: Settings) -> list[str]:
+        """What the file says otherwise than it did at the start, and a reload does not change."""
         sections = (
             "spiffe",
             "listeners",
@@ -264,11 +278,11 @@ class App:
             "credentials",
             "limits",
         )
-        names = [name for name in sections if getattr(settings, name) != getattr(self.settings, name)]
-        if {a.name for a in settings.agents} != set(self.callers.agents):
+        started = self._started_with
+        names = [name for name in sections if getattr(settings, name) != getattr(started, name)]
+        if {a.name for a in settings.agents} != {a.name for a in started.agents}:
             names.append("agents (sockets)")
-        hosts = {tool.authority.host for tool in self.plane.router.tools}
-        if any(tool.scheme == "https" and tool.authority.host not in hosts for tool in tools.values()):
+        if _https_hosts(settings) - _https_hosts(started):
             names.append("tools (a new https host: the interception CA is constrained to those it was made for)")
         return names
 
@@ -337,6 +351,12 @@ class App:
         gauge("spanlock_leases", "Live leases", lambda: float(len(self.broker.live)))
         gauge("spanlock_revocation_backlog", "Tokens still to be revoked", lambda: float(self.broker.revoker.backlog))
         gauge("spanlock_ready", "1 when ready", lambda: float(self.page.ready()[0]))
+
+
+def _https_hosts(settings: Settings) -> frozenset[str]:
+    """What the interception CA is constrained to."""
+    tools = [tool.build() for tool in settings.tools]
+    return frozenset(tool.authority.host for tool in tools if tool.scheme == "https")
 
 
 def _file_sink(path: str) -> FileSink:

@@ -73,13 +73,13 @@ class Revoker:
             self.backlog -= 1
 
     async def _end(self, record: RevocationRecord, tool: Tool) -> Ended:
-        exchanger = self.exchangers[record.issuer]
         gate = self._gates.setdefault(record.issuer, asyncio.Semaphore(self._parallel))
         before: bool | None = None
         for number, wait in enumerate(delays(_FIRST, _CAP, self._rng)):
             if record.expires_at <= self._clock.now():
                 return Ended(record, IssuerOutcome.EXPIRED, self._clock.monotonic())
             async with gate:
+                exchanger = self.exchangers[record.issuer]  # a reload may have mended it
                 if number == 0:
                     before = await self._look(exchanger, record, tool)
                 outcome = await self._try(exchanger, record)

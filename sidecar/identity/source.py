@@ -31,6 +31,7 @@ _REFRESH_EVERY = 1.0
 @dataclass(slots=True)
 class _Cached:
     token: Secret
+    spiffe_id: str
     expires_at: float
     """Wall seconds."""
     refresh_at: float
@@ -55,6 +56,8 @@ class WorkloadSvids:
         self._rng = rng
         self._needed = needed
         self._background = background
+        self._issued: Sequence[HeldSvid] = ()
+        """What the stream said last."""
         self._held: dict[str, HeldSvid] = {}
         self._cache: dict[tuple[str, str], _Cached] = {}
         self._fetching: dict[tuple[str, str], asyncio.Task[Secret]] = {}
@@ -85,7 +88,7 @@ class WorkloadSvids:
         """
         key = (agent, audience)
         cached = self._cache.get(key)
-        if cached is not None and not self._usable(cached):
+        if cached is not None and not self._usable(agent, cached):
             cached = None
         if revoking and cached is not None and self.problem(agent):
             return cached.token
@@ -145,9 +148,12 @@ class WorkloadSvids:
         return True
 
     def replace_agents(self, agents: Sequence[Agent]) -> None:
-        """A reload changed the declared agents; the stream is asked again."""
+        """A reload changed the declared agents: what the stream said last is theirs from now on.
+
+        The JWT-SVIDs of an agent that is gone stay until they expire, to revoke with.
+        """
         self._agents = {agent.name: agent for agent in agents}
-        self._held = {name: held for name, held in self._held.items() if name in self._agents}
+        self._assign()
 
     # -- the stream ---------------------------------------------------------------------------------------------
 
@@ -166,6 +172,7 @@ class WorkloadSvids:
                     # SPIRE itself says so: what was held is withdrawn at once. JWT-SVIDs stay until they expire, to
                     # revoke with and for nothing else: everything else asks for the identity first.
                     self._connected = True
+                    self._issued = ()
                     self._held.clear()
             await self._api.reopen()
             wait = next(waits)
@@ -178,12 +185,17 @@ class WorkloadSvids:
             self._log.info("spire_agent_up", identities=len(svids))
             self._since = self._clock.now()
         self._connected, self._error, self._next_try = True, "", None
+        self._issued = svids
+        self._assign()
+
+    def _assign(self) -> None:
+        """Gives each declared agent the SVID that is its own."""
         held: dict[str, HeldSvid] = {}
         for name, agent in self._agents.items():
-            fitting = [s for s in svids if s.spiffe_id == agent.spiffe_id and agent.hint in (None, s.hint)]
+            fitting = [s for s in self._issued if s.spiffe_id == agent.spiffe_id and agent.hint in (None, s.hint)]
             if fitting:
                 held[name] = fitting[0]
-        for name in self._held.keys() - held.keys():
+        for name in self._agents.keys() & self._held.keys() - held.keys():
             self._log.warning("identity_gone", agent=name)
         self._held = held
         self._changed.set()
@@ -198,8 +210,11 @@ class WorkloadSvids:
 
     # -- JWT-SVIDs ----------------------------------------------------------------------------------------------
 
-    def _usable(self, cached: _Cached) -> bool:
-        return cached.expires_at - _SKEW > self._clock.now()
+    def _usable(self, agent: str, cached: _Cached) -> bool:
+        """Not expired, and not of an identity that another agent of this name had."""
+        declared = self._agents.get(agent)
+        its_own = declared is None or declared.spiffe_id == cached.spiffe_id
+        return its_own and cached.expires_at - _SKEW > self._clock.now()
 
     def _fetch(self, key: tuple[str, str]) -> asyncio.Task[Secret]:
         """One fetch at a time for each (agent, audience); whoever asks waits for the same one."""
@@ -217,7 +232,7 @@ class WorkloadSvids:
         life = expires_at - self._clock.now()
         if life <= _SKEW:
             raise IdentityError(Reason.SVID_EXPIRED, "SPIRE handed out a JWT-SVID that has expired; check the clocks")
-        self._cache[key] = _Cached(token, expires_at, self._clock.monotonic() + life / 2)
+        self._cache[key] = _Cached(token, spiffe_id, expires_at, self._clock.monotonic() + life / 2)
         return token
 
     async def keep_fresh(self) -> None:
@@ -226,7 +241,7 @@ class WorkloadSvids:
             await self._clock.sleep(_REFRESH_EVERY)
             now = self._clock.monotonic()
             for key, cached in list(self._cache.items()):
-                if not self._usable(cached):
+                if not self._usable(key[0], cached):
                     self._cache.pop(key, None)
                 elif now >= cached.refresh_at and key[0] in self._held and self._needed(key[0]) and self._connected:
                     cached.refresh_at = now + 5.0  # not again at once when SPIRE hands out the same one

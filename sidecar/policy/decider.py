@@ -35,6 +35,7 @@ class Decider:
     def replace(self, policy: LoadedPolicy, agents: Mapping[str, Agent], tools: Mapping[str, Tool]) -> None:
         """A reload: every earlier answer is worthless from now on."""
         self._policy = policy
+        self._agents = frozenset(agents)
         self._entities = cedarpy.Entities.from_json_str(json.dumps(_entities(agents, tools)))
         self.epoch += 1
         self._memo.clear()
@@ -78,6 +79,8 @@ class Decider:
         return self._ask(question, {"scopes": list(scopes)}, scopes)
 
     def _ask(self, question: Question, context: dict[str, Any], scopes: tuple[str, ...]) -> Permit:
+        if question.agent not in self._agents:
+            raise Denied(Reason.POLICY_DENIED, f"agent {question.agent} is declared no more")
         resource = ("Spanlock::Tool", question.tool) if question.tool else ("Spanlock::Sidecar", "self")
         request = {
             "principal": {"type": "Spanlock::Agent", "id": question.agent},

@@ -150,6 +150,7 @@ class Flow(Driven):
         """A new connection, resolved, pinned, dialled and verified."""
         self.upstream = upstream = await self.plane.pool.dial(workflow, tool)
         self._check()
+        self.plane.router.require(tool)
         return upstream
 
     def _held(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease | None:
@@ -168,7 +169,8 @@ class Flow(Driven):
         return lease
 
     def _send(self, upstream: Upstream, route: Route, lease: Lease, workflow: Workflow) -> None:
-        """Synchronous from the liveness check to the write; then the body, as far as it has come."""
+        """Synchronous from the liveness checks to the write; then the body, as far as it has come."""
+        self.plane.router.require(route.tool)
         upstream.send(inject(self.head, route, self.plane.broker.use(lease, workflow)), self)
         if not self.body_complete:
             if self.head.expects_continue:

@@ -64,8 +64,9 @@ class Pool:
         idle = by_tool.get(tool.name)
         while idle:
             upstream = idle.pop()
-            if upstream.alive:
+            if upstream.alive and upstream.tool is tool:
                 return upstream
+            upstream.abort()
         return None
 
     def give(self, upstream: Upstream, workflow: Workflow) -> None:
@@ -75,11 +76,15 @@ class Pool:
         if not workflow.is_open:
             upstream.abort()
             return
-        idle = self._idle.setdefault(workflow.id, {}).setdefault(upstream.tool, [])
+        idle = self._idle.setdefault(workflow.id, {}).setdefault(upstream.tool.name, [])
         if len(idle) >= MAX_IDLE:
             upstream.abort()
         else:
             idle.append(upstream)
+
+    def forget_trust(self) -> None:
+        """A reload reads the CA files again."""
+        self._trust.clear()
 
     def drop_workflow(self, workflow: str, tool: str | None = None) -> None:
         """Closes the idle connections of a workflow (to one tool)."""
@@ -125,7 +130,7 @@ class Pool:
             self._refuse_self(sock, tool)
             secure = tool.scheme == "https"
             _, upstream = await loop.create_connection(
-                lambda: Upstream(self._outbox, workflow, tool.name, address),
+                lambda: Upstream(self._outbox, workflow, tool, address),
                 sock=sock,
                 ssl=self.trust(tool.ca_file) if secure else None,
                 server_hostname=tool.authority.host if secure else None,

@@ -4,6 +4,7 @@ import asyncio
 from typing import Protocol, cast
 
 from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
+from sidecar.model.tool import Tool
 from sidecar.proxy.framing import Framing
 from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
@@ -47,7 +48,7 @@ class Upstream(Sender):
         "tool", "workflow",
     )  # fmt: skip
 
-    def __init__(self, outbox: Outbox, workflow: str, tool: str, address: str) -> None:
+    def __init__(self, outbox: Outbox, workflow: str, tool: Tool, address: str) -> None:
         super().__init__(outbox)
         self.workflow = workflow
         self.tool = tool

@@ -44,11 +44,17 @@ class Router:
             raise CallerError(Reason.UNKNOWN_TOOL, f"{scheme}://{authority} is not a configured tool")
         return tool
 
+    def require(self, tool: Tool) -> None:
+        """Raises `CallerError` (unknown_tool) for a tool that a reload has changed or removed since the call found it."""
+        if self._by_name.get(tool.name) is not tool:
+            raise CallerError(Reason.UNKNOWN_TOOL, f"tool {tool.name} was changed or removed meanwhile; call again")
+
     def route(self, tool: Tool, target: bytes) -> Route:
-        """The route of `target` (path and query) at `tool`. Raises `CallerError` (ambiguous_path)."""
+        """The route of `target` (path and query) at `tool`. Raises `CallerError` (unknown_tool, ambiguous_path)."""
         key = (tool.name, target)
         route = self._memo.get(key)
-        if route is None:
+        if route is None or route.tool is not tool:
+            self.require(tool)
             route = Route(tool, canonical_path(target, tool.allow_semicolons), target)
             if len(self._memo) >= _MEMO:
                 self._memo.clear()

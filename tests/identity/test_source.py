@@ -151,3 +151,22 @@ async def test_jwt_svids_are_fetched_once_and_cached(tmp_path: Path) -> None:
         assert all(token == tokens[0] for token in tokens) and "eyJ" not in repr(tokens)
         assert await svids.jwt_svid("a", "other") != tokens[0]
     await spire.stop()
+
+
+async def test_a_reload_gives_each_agent_its_own_identity_at_once(tmp_path: Path) -> None:
+    """What the stream said last holds, and a JWT-SVID of the identity that had the name before is no longer used."""
+    other = "spiffe://demo.spanlock.test/other"
+    spire = DemoSpire([ID, other])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        assert await svids.wait_ready(15)
+        before = await svids.jwt_svid("a", "aud")
+        svids.replace_agents([Agent("b", other)])
+        svids.require_identity("b")
+        with pytest.raises(IdentityError):
+            svids.require_identity("a")
+        assert await svids.jwt_svid("a", "aud", revoking=True) == before, "to take back what it was minted"
+        svids.replace_agents([Agent("a", other)])
+        svids.require_identity("a")
+        assert await svids.jwt_svid("a", "aud") != before
+    await spire.stop()

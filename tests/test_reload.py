@@ -1,0 +1,183 @@
+"""A reload under life: nothing of the old configuration is used once the new one holds, and what was minted is still revoked."""
+
+import asyncio
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from sidecar.cli.stage import Stage
+from sidecar.config.load import parse
+from sidecar.credentials.broker import Broker
+from sidecar.demo.pki import DemoPki
+from sidecar.model.lease import Lease
+from sidecar.proxy.pool import Pool
+from sidecar.proxy.upstream import Upstream
+from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
+
+
+async def reloaded(stage: Stage, *changes: tuple[str, str]) -> Any:
+    """The reload of a configuration file with these texts exchanged."""
+    text = stage.config_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (stage.dir / "spanlock.yaml").write_text(text)
+    return await stage.app.reload()
+
+
+def living(stage: Stage) -> int:
+    """Tokens that the issuer has minted and not taken back."""
+    return stage.issuer.minted - len(stage.issuer.revoked)
+
+
+def without_search(stage: Stage) -> str:
+    """The configuration without the tool that most calls here go to."""
+    head, _, rest = stage.config_text().partition("- name: search")
+    return head + "- name: reports" + rest.partition("- name: reports")[2]
+
+
+def request(stage: Stage, handle: str, path: str = "/search/v1/items") -> bytes:
+    return (
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n\r\n".encode()
+    )
+
+
+async def call(stage: Stage, handle: str) -> bytes:
+    return await raw(port_of(stage.app.addresses["reverse"]), request(stage, handle))
+
+
+async def test_an_idle_connection_to_where_a_tool_was_is_not_used_for_where_it_is() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        assert b"200 OK" in await call(stage, workflow.handle)
+        noun = stage.app.registry.get(workflow.workflow.id)
+        (idle,) = stage.app.pool._idle[noun.id]["search"]
+        stage.app._apply(parse(stage.config_text().replace("address: 127.0.0.1", "address: 127.0.0.2"), "new"))
+        assert stage.app.pool.take(noun, stage.app.plane.router.by_name("search")) is None
+        assert not idle.alive
+
+
+async def test_a_tunnel_to_a_tool_that_is_gone_carries_nothing_more() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        port = port_of(stage.app.addresses["explicit"])
+        async with tunnel(stage, port, stage.search) as (reader, writer):
+            call = f"GET /v1/items HTTP/1.1\r\nHost: search.tool.test:{stage.search.port}\r\nx-spanlock-workflow: {workflow.handle}\r\n\r\n"
+            writer.write(call.encode())
+            assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            served = stage.search.requests
+            stage.app._apply(parse(without_search(stage), "new"))
+            writer.write(call.encode())
+            answer = b""
+            while b"x-spanlock-reason" not in answer:
+                answer += await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            assert reason_of(answer) == "unknown_tool"
+        assert stage.search.requests == served
+
+
+async def test_a_route_of_the_old_tool_is_not_remembered_for_the_new_one() -> None:
+    """The tunnel's own tool is the old one; the path that it asks for must not be kept in the new router's memo."""
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        assert b"200 OK" in await call(stage, workflow.handle)
+        old = stage.app.plane.router.by_name("search")
+        await reloaded(stage, ("audience: tool-search", "audience: tool-search\n  header: x-api-key"))
+        router = stage.app.plane.router
+        with pytest.raises(Exception, match="changed or removed"):
+            router.route(old, b"/v1/items")
+        assert router.route(router.by_name("search"), b"/v1/items").ours == b"x-api-key: "
+
+
+@pytest.mark.parametrize("stage_of_call", ["dial", "exchange"])
+async def test_a_call_under_way_to_a_tool_that_is_gone_sends_nothing(
+    stage_of_call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        dial, lease = Pool.dial, Broker.lease
+
+        def reload() -> None:
+            monkeypatch.undo()
+            stage.app._apply(parse(without_search(stage), "new"))
+
+        async def dialled(pool: Pool, *of: Any) -> Upstream:
+            upstream = await dial(pool, *of)
+            reload()
+            return upstream
+
+        async def exchanged(broker: Broker, *of: Any) -> Lease:
+            found = await lease(broker, *of)
+            reload()
+            return found
+
+        if stage_of_call == "dial":
+            monkeypatch.setattr(Pool, "dial", dialled)
+        else:
+            monkeypatch.setattr(Broker, "lease", exchanged)
+        answer = await call(stage, workflow.handle)
+        assert reason_of(answer) == "unknown_tool" and stage.search.requests == 0
+        assert bool(stage.issuer.minted) is (stage_of_call == "exchange")
+        await closed(stage, workflow.workflow.id)
+        assert not living(stage), "what was minted for the tool that is gone is revoked"
+
+
+async def test_an_agent_that_is_declared_otherwise_is_refused_whole() -> None:
+    async with ready_stage() as stage:
+        epoch = stage.app.decider.epoch
+        for old, new in (('/agent"', '/other"'), ("name: demo, ", 'name: demo, hint: "x", ')):
+            answer = await reloaded(stage, (old, new))
+            assert not answer.applied and "demo cannot change while running" in answer.errors[0]
+        assert stage.app.decider.epoch == epoch
+
+
+async def test_what_needs_a_restart_is_said_until_it_has_been() -> None:
+    async with ready_stage() as stage:
+        limits = ("drain_seconds: 0.2", "drain_seconds: 0.3")
+        host = ("https://search.tool.test", "https://find.tool.test")
+        for _ in range(2):
+            answer = await reloaded(stage, limits, host)
+            assert answer.applied and answer.needs_restart[0] == "limits"
+            assert answer.needs_restart[1].startswith("tools (a new https host")
+        assert not (await reloaded(stage)).needs_restart
+
+
+async def test_an_agent_that_is_gone_opens_nothing_on_the_socket_that_is_left() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        assert (await reloaded(stage, ("{name: demo,", "{name: renamed,"))).applied
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await opened(stage)
+        assert "declared no more" in str(refused.value.details())
+        assert (await closed(stage, workflow.workflow.id)).reason == "agent_removed"
+
+
+async def test_an_issuer_that_a_reload_mends_takes_back_what_is_waiting() -> None:
+    more = "credentials: {{revoke_deadline: 0.3}}\n"
+    async with ready_stage(more=more) as stage:
+        workflow = await opened(stage)
+        assert b"200 OK" in await call(stage, workflow.handle)
+        subject = "subject: client_credentials"
+        broken = f'{subject}, token_endpoint: "http://127.0.0.1:1/", revocation_endpoint: "http://127.0.0.1:1/"'
+        assert (await reloaded(stage, (subject, broken))).applied
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == ["failed"] and living(stage)
+        assert (await reloaded(stage)).applied
+        async with asyncio.timeout(20):
+            while stage.app.broker.revoker.backlog:
+                await asyncio.sleep(0.02)
+        assert not living(stage)
+
+
+async def test_a_ca_file_is_read_again() -> None:
+    async with ready_stage() as stage:
+        right = (stage.dir / "tools-ca.pem").read_text()
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            (stage.dir / "tools-ca.pem").write_text(DemoPki().pem)
+            assert (await agent.get(url(stage.search))).headers["x-spanlock-reason"] == "upstream_tls"
+            (stage.dir / "tools-ca.pem").write_text(right)
+            await reloaded(stage)
+            answer: httpx.Response = await agent.get(url(stage.search))
+            assert answer.status_code == 200
