@@ -76,7 +76,7 @@ class App:
     """One sidecar. `start` returns when every door is open; `stop` drains. Made once, started once."""
 
     def __init__(self, settings: Settings, path: Path, around: World) -> None:
-        """Builds everything; reads the policy files (relative to the configuration file `path`). Raises `ConfigError`."""
+        """Builds everything; reads the policy files. `path`: the configuration file, for reloads. Raises `ConfigError`."""
         self.settings = self._started_with = settings
         self.path = path
         self.log = logger("app")
@@ -93,7 +93,7 @@ class App:
             self._needs_identity,
             self.background,
         )
-        self.decider = Decider(load_policy(settings.policy, path.parent), agents, tools)
+        self.decider = Decider(load_policy(settings.policy), agents, tools)
         exchangers = {i.name: build_exchanger(i, self.svids, clock) for i in settings.issuers}
         self._exchangers = list(exchangers.values())
         """Each one ever made: a revocation under way may still use one that a reload has replaced."""
@@ -226,7 +226,7 @@ class App:
 
     def _apply(self, settings: Settings) -> admin_pb2.ReloadResponse:
         """Everything that can fail is made first; then all of it is swapped without a pause."""
-        policy = load_policy(settings.policy, self.path.parent)
+        policy = load_policy(settings.policy)
         agents = {agent.name: agent for agent in (a.build() for a in settings.agents)}
         tools = {tool.name: self._same(tool) for tool in (t.build() for t in settings.tools)}
         changed = [i for i in settings.issuers if i not in self.settings.issuers]

@@ -54,7 +54,9 @@ async def test_an_idle_connection_to_where_a_tool_was_is_not_used_for_where_it_i
         assert b"200 OK" in await call(stage, workflow.handle)
         noun = stage.app.registry.get(workflow.workflow.id)
         (idle,) = stage.app.pool._idle[noun.id]["search"]
-        stage.app._apply(parse(stage.config_text().replace("address: 127.0.0.1", "address: 127.0.0.2"), "new"))
+        stage.app._apply(
+            parse(stage.config_text().replace("address: 127.0.0.1", "address: 127.0.0.2"), "new", stage.dir)
+        )
         assert stage.app.pool.take(noun, stage.app.plane.router.by_name("search")) is None
         assert not idle.alive
 
@@ -68,7 +70,7 @@ async def test_a_tunnel_to_a_tool_that_is_gone_carries_nothing_more() -> None:
             writer.write(call.encode())
             assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
             served = stage.search.requests
-            stage.app._apply(parse(without_search(stage), "new"))
+            stage.app._apply(parse(without_search(stage), "new", stage.dir))
             writer.write(call.encode())
             answer = b""
             while b"x-spanlock-reason" not in answer:
@@ -100,7 +102,7 @@ async def test_a_call_under_way_to_a_tool_that_is_gone_sends_nothing(
 
         def reload() -> None:
             monkeypatch.undo()
-            stage.app._apply(parse(without_search(stage), "new"))
+            stage.app._apply(parse(without_search(stage), "new", stage.dir))
 
         async def dialled(pool: Pool, *of: Any) -> Upstream:
             upstream = await dial(pool, *of)

@@ -1,6 +1,7 @@
 """What a reason means and what to do about it."""
 
 import json
+import sys
 
 import typer
 
@@ -13,7 +14,7 @@ def command(
 ) -> None:
     """What a reason means and what to do about it."""
     if reason is not None and reason not in set(Reason):
-        print(f"spanlock: no such reason; `spanlock explain` lists all {len(Reason)}")
+        print(f"spanlock: no such reason; `spanlock explain` lists all {len(Reason)}", file=sys.stderr)
         raise typer.Exit(2)
     chosen = [Reason(reason)] if reason is not None else list(Reason)
     if as_json:

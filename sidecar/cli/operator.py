@@ -27,10 +27,23 @@ def call(socket: str | None, ask: Callable[[Any], Any]) -> Any:
         try:
             return ask(admin_pb2_grpc.AdminStub(channel))  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
-            detail = error.details() if error.code() is not grpc.StatusCode.UNAVAILABLE else None
-            fix = f"no sidecar answers on {path}; start it with `spanlock run`, or set SPANLOCK_RUN_DIR"
-            print(f"spanlock: {detail or fix}", file=sys.stderr)
+            unavailable = error.code() is grpc.StatusCode.UNAVAILABLE
+            print(f"spanlock: {_why(path) if unavailable else error.details()}", file=sys.stderr)
             raise typer.Exit(1) from None
+
+
+def _why(path: Path) -> str:
+    """Why nobody answers on `path`, and what to do."""
+    try:
+        os.stat(path)
+        allowed = os.access(path, os.W_OK)
+    except PermissionError:
+        allowed = False
+    except OSError:
+        allowed = True
+    if not allowed:
+        return f"{path} is for the sidecar's own user; run this as that user, or as root"
+    return f"no sidecar answers on {path}; start it with `spanlock run`, or set SPANLOCK_RUN_DIR"
 
 
 def as_json(message: Message) -> str:

@@ -12,10 +12,11 @@ import typer
 import uvloop
 
 from sidecar.app import App, world
+from sidecar.config.advice import warnings
 from sidecar.config.load import embedded, find_config, load
 from sidecar.config.schema import Settings
 from sidecar.errors import ConfigError
-from sidecar.telemetry.logging import configure
+from sidecar.telemetry.logging import configure, logger
 
 _PR_SET_DUMPABLE = 4
 
@@ -30,6 +31,9 @@ def command(
         settings = load(path) if embedded_in is None else embedded(load(path), embedded_in)
         configure(settings.telemetry.log_level, settings.telemetry.log_format)
         _harden()
+        if embedded_in is None:
+            for line in warnings(settings):
+                logger("config").warning("allowed", detail=line)
         status = uvloop.run(_serve(settings, path))
     except ConfigError as error:
         print(f"spanlock: {error.detail}", file=sys.stderr)

@@ -154,7 +154,7 @@ class Stage(Servers):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self.app = App(parse(self.config_text(), "demo"), self.dir / "spanlock.yaml", self._around or world())
+        self.app = App(parse(self.config_text(), "demo", self.dir), self.dir / "spanlock.yaml", self._around or world())
         await self.app.start()
         return self
 

@@ -54,11 +54,11 @@ def load(path: Path) -> Settings:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
         raise ConfigError(Reason.CONFIG_INVALID, f"{path} cannot be read ({type(error).__name__})") from None
-    return parse(text, str(path))
+    return parse(text, str(path), path.parent)
 
 
-def parse(text: str, name: str) -> Settings:
-    """The same from text; `name` is for messages. Raises `ConfigError`."""
+def parse(text: str, name: str, directory: Path) -> Settings:
+    """The same from text; `name` is for messages, relative files are in `directory`. Raises `ConfigError`."""
     try:
         raw = yaml.load(text, Loader=_Strict)  # noqa: S506 - a SafeLoader made stricter
     except (yaml.YAMLError, RecursionError) as error:
@@ -70,7 +70,7 @@ def parse(text: str, name: str) -> Settings:
     if not isinstance(raw, dict):
         raise ConfigError(Reason.CONFIG_INVALID, f"{name}: the top level must be keys such as agents: and tools:")
     try:
-        return Settings.model_validate(raw)
+        return Settings.model_validate(raw, context={"directory": directory.resolve()})
     except ValidationError as error:
         raise ConfigError(Reason.CONFIG_INVALID, "\n".join(_line(problem) for problem in error.errors())) from None
 

@@ -82,7 +82,11 @@ class Socket:
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
             self.path.unlink(missing_ok=True)
-            self._server = self._build()
+            mask = os.umask(0o177)  # nobody else's, even between its making and `_protect`
+            try:
+                self._server = self._build()
+            finally:
+                os.umask(mask)
             await self._server.start()
             self._protect()
         except OSError as error:

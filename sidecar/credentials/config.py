@@ -5,6 +5,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sidecar.paths import ConfigFile
+
 _STRICT = ConfigDict(extra="forbid", frozen=True)
 _NAME = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +40,7 @@ class TokenExchangeConfig(BaseModel):
         default="client_credentials",
         description="What is exchanged: a token of our own got first (two steps), the SVID, or the token given to Open.",
     )
-    ca_file: str | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
+    ca_file: ConfigFile | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
     timeout: float = Field(default=10.0, gt=0, le=60, description="Seconds for one request, answer included.")
 
     @field_validator("issuer", "token_endpoint", "revocation_endpoint", "introspection_endpoint")
@@ -53,7 +55,7 @@ class StaticConfig(BaseModel):
     model_config = _STRICT
     name: str = _NAME
     kind: Literal["static"]
-    secret_file: str | None = None
+    secret_file: ConfigFile | None = None
     secret_env: str | None = None
 
     @model_validator(mode="after")

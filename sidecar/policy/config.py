@@ -2,12 +2,14 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sidecar.paths import ConfigFile
+
 
 class PolicyConfig(BaseModel):
     """Which Cedar policies decide, and in which environment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    files: tuple[str, ...] = Field(
+    files: tuple[ConfigFile, ...] = Field(
         min_length=1, description="Cedar files, relative to the configuration file. Default deny."
     )
     environment: str = Field(

@@ -44,9 +44,9 @@ def schema_text() -> str:
     return files("sidecar.policy").joinpath("schema.cedarschema").read_text(encoding="utf-8")
 
 
-def load_policy(config: PolicyConfig, base: Path) -> LoadedPolicy:
+def load_policy(config: PolicyConfig) -> LoadedPolicy:
     """Reads and validates everything. Raises `ConfigError` (policy_invalid) that names the file or policy, and the fix."""
-    text = "\n".join(_read(base / name) for name in config.files)
+    text = "\n".join(_read(Path(name)) for name in config.files)
     return parse_policy(text, config.environment)
 
 

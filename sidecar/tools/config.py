@@ -9,9 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from sidecar.errors import CallerError
 from sidecar.model.lease import TokenCheck
 from sidecar.model.tool import Authority, Introspection, Timeouts, Tool
+from sidecar.paths import ConfigFile
 from sidecar.tools.names import parse_authority
 
 _STRICT = ConfigDict(extra="forbid", frozen=True)
+_FRAMING = frozenset(
+    ("connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
+)
 
 
 class IntrospectionConfig(BaseModel):
@@ -19,7 +23,7 @@ class IntrospectionConfig(BaseModel):
 
     model_config = _STRICT
     client_id: str = Field(min_length=1)
-    secret_file: str = Field(min_length=1, description="File that holds the client's secret; read at each use.")
+    secret_file: ConfigFile = Field(min_length=1, description="File that holds the client's secret; read at each use.")
 
 
 class TimeoutsConfig(BaseModel):
@@ -48,7 +52,7 @@ class ToolConfig(BaseModel):
     allow_cleartext: bool = Field(default=False, description="Send the credential over plain http beyond this machine.")
     allow_semicolons: bool = Field(default=False, description="Accept `;` in paths.")
     methods: tuple[str, ...] = Field(default=(), description="Empty: any method; policy decides.")
-    ca_file: str | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
+    ca_file: ConfigFile | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
     header: str = Field(
         default="authorization", pattern=r"^[A-Za-z0-9-]{1,64}$", description="Header of the credential."
     )
@@ -68,6 +72,15 @@ class ToolConfig(BaseModel):
     @classmethod
     def _url(cls, value: str) -> str:
         _destination(value)
+        return value
+
+    @field_validator("header")
+    @classmethod
+    def _header(cls, value: str) -> str:
+        if value.lower() in _FRAMING or value.lower().startswith(("proxy-", "x-spanlock")):
+            raise ValueError(
+                f"{value} frames the message or is ours; name the header that the tool reads its token from"
+            )
         return value
 
     @field_validator("address")

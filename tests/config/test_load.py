@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.config.load import find_config, parse
+from sidecar.config.advice import warnings
+from sidecar.config.load import find_config, load, parse
 from sidecar.errors import ConfigError
 
 GOOD = """\
@@ -16,7 +17,7 @@ tools: [{name: t, url: "https://t.test", issuer: i}]
 
 
 def test_the_smallest_configuration() -> None:
-    settings = parse(GOOD, "x")
+    settings = parse(GOOD, "x", Path())
     assert settings.tools[0].build().authority.port == 443
 
 
@@ -38,17 +39,24 @@ def test_the_smallest_configuration() -> None:
         (("issuer: i}", "issuer: i, scopes: ['a\"b']}"), "tools[0].scopes"),
         (("agents:", "x: &a [1]\ny: *a\nagents:"), "aliases"),
         (("agents:", "\t:"), "line 1"),
+        (("issuer: i}", "issuer: i, header: Host}"), "tools[0].header"),
+        (("issuer: i}", "issuer: i, header: proxy-authorization}"), "tools[0].header"),
+        (("issuer: i}", "issuer: i, address: somewhere}"), "tools[0].address"),
+        (("agents:", "[1]: 2\nagents:"), "keys must be text"),
+        (("https://i.test", "ftp://i.test"), "issuers[0].issuer"),
+        (("kind: token_exchange, issuer: \"https://i.test\"", "kind: static"), "exactly one of secret_file and secret_env"),
+        (("agents:", "spiffe: {socket: \"/run/x.sock\"}\nagents:"), "spiffe.socket"),
     ],
 )  # fmt: skip
 def test_each_problem_names_its_key(change: tuple[str, str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(GOOD.replace(*change), "spanlock.yaml")
+        parse(GOOD.replace(*change), "spanlock.yaml", Path())
     assert says in caught.value.detail
 
 
 def test_a_secret_in_a_wrong_place_is_not_repeated() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse(GOOD.replace("uid: 5", "uid: hunter2-secret"), "spanlock.yaml")
+        parse(GOOD.replace("uid: 5", "uid: hunter2-secret"), "spanlock.yaml", Path())
     assert "hunter2" not in caught.value.detail
 
 
@@ -58,3 +66,54 @@ def test_l3_the_working_directorys_file_is_never_taken(tmp_path: Path, monkeypat
     monkeypatch.delenv("SPANLOCK_CONFIG", raising=False)
     with pytest.raises(ConfigError):
         find_config(None)
+
+
+def test_relative_files_are_beside_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf").mkdir()
+    more = "issuer: i, ca_file: ca.pem, introspection: {client_id: c, secret_file: /run/secrets/s}}"
+    (tmp_path / "conf/spanlock.yaml").write_text(GOOD.replace("issuer: i}", more) + "audit: {file: audit.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    settings = load(Path("conf/spanlock.yaml"))
+    (tool,) = settings.tools
+    assert tool.introspection is not None
+    assert (
+        settings.policy.files == (f"{tmp_path}/conf/p.cedar",) and settings.audit.file == f"{tmp_path}/conf/audit.jsonl"
+    )
+    assert (tool.ca_file, tool.introspection.secret_file) == (f"{tmp_path}/conf/ca.pem", "/run/secrets/s")
+    assert parse(GOOD, "x", tmp_path).audit.file == "-"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * (1 << 20) + b"x", b"- 1\n", b"a: " + b"[" * 5000])
+def test_what_is_no_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "spanlock.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(path) in caught.value.detail
+
+
+def test_what_is_allowed_and_should_be_known_is_said(tmp_path: Path) -> None:
+    (tmp_path / "open.secret").write_text("x")
+    (tmp_path / "open.secret").chmod(0o644)
+    (tmp_path / "ca.pem").write_text("no certificate")
+    text = """\
+agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}, {name: b, spiffe_id: "spiffe://td/b", uid: 5}, {name: c, spiffe_id: "spiffe://td/c"}]
+issuers:
+- {name: i, kind: token_exchange, issuer: "https://i.test", ca_file: nowhere.pem}
+- {name: f, kind: static, secret_file: open.secret}
+- {name: v, kind: static, secret_env: SPANLOCK_TEST_UNSET}
+policy: {files: [p.cedar]}
+tools:
+- {name: t, url: "http://t.test", issuer: i, export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
+- {name: u, url: "https://10.0.0.1.nip.io", issuer: i}
+"""
+    said = "\n".join(warnings(parse(text, "x", tmp_path)))
+    for part in (
+        "a, b share uid 5", "c runs as the sidecar's own uid", f"issuers[0].ca_file: {tmp_path}/nowhere.pem: No such file",
+        f"issuers[1].secret_file: {tmp_path}/open.secret can be read by every user",
+        "issuers[2].secret_env: the variable SPANLOCK_TEST_UNSET is not set", "tools[0]: t is plain http",
+        "t exports its real token", f"tools[0].ca_file: {tmp_path}/ca.pem is not PEM",
+        f"tools[0].introspection.secret_file: {tmp_path}/gone: No such file", "10.0.0.1.nip.io is the address 10.0.0.1",
+    ):  # fmt: skip
+        assert part in said, said
+    assert len(said.splitlines()) == 10

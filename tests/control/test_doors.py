@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from sidecar.cli.stage import Stage
+from sidecar.control.sockets import Socket
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 from sidecar.workflows import registry as registry_module
@@ -199,3 +201,22 @@ async def test_one_agent_cannot_make_each_change_dear_for_all(two: TwoAgents) ->
             pass
         for watch in watches:
             watch.cancel()
+
+
+async def test_a_socket_is_nobody_elses_even_before_it_has_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, int] = {}
+    protect = Socket._protect
+
+    def noted(socket: Socket) -> None:
+        made[socket.path.name] = stat.S_IMODE(socket.path.stat().st_mode)
+        protect(socket)
+
+    monkeypatch.setattr(Socket, "_protect", noted)
+    mask = os.umask(0)
+    try:
+        async with ready_stage() as stage:
+            assert made == {"agent.sock": 0o600, "operator.sock": 0o600}
+            assert stat.S_IMODE(stage.agent_socket.stat().st_mode) == 0o660
+            assert stat.S_IMODE(stage.operator_socket.parent.stat().st_mode) == 0o700
+    finally:
+        os.umask(mask)

@@ -20,7 +20,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 
 def test_the_example_loads_with_its_policy() -> None:
     settings = load(DEPLOY / "spanlock.example.yaml")
-    assert load_policy(settings.policy, DEPLOY).obligations
+    assert load_policy(settings.policy).obligations
 
 
 def test_the_json_schema_is_current() -> None:

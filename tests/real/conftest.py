@@ -76,7 +76,7 @@ class RealStage:
                 scope="search:read",
                 check=check,
             )
-        self.app = App(parse(text, "real"), self.dir / "spanlock.yaml", world())
+        self.app = App(parse(text, "real", self.dir), self.dir / "spanlock.yaml", world())
         await self.app.start()
 
     async def stop(self) -> None:
