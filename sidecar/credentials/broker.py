@@ -84,11 +84,10 @@ class Broker:
 
     def active(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease | None:
         """The lease that this call may use now, without waiting; None when it must be asked for by `lease`."""
-        held = self.live.for_call((workflow.id, tool.name, permit.scopes))
+        held = self.live.for_call((workflow.id, tool.name, permit.scopes, permit.ttl))
         if held is None or held.tool is not tool or held.lease.state not in USABLE:
             return None
-        now = self._clock.monotonic()
-        if now >= held.lease.usable_until or now - held.issued_at >= permit.ttl:
+        if self._clock.monotonic() >= held.lease.usable_until:
             return None
         return held.lease
 
@@ -110,7 +109,7 @@ class Broker:
             raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow is closed")
         if tool.name in self._barred.get(workflow.id, ()):
             raise CallerError(Reason.LEASE_GONE, f"an operator withdrew tool {tool.name} from this workflow")
-        call = (workflow.id, tool.name, permit.scopes)
+        call = (workflow.id, tool.name, permit.scopes, permit.ttl)
         held = self.live.for_call(call)
         if held is not None and held.lease.state is LeaseState.PENDING and held.tool is tool:
             return held
@@ -122,18 +121,18 @@ class Broker:
         key = LeaseKey(
             workflow.id, workflow.agent, tool.name, tool.issuer, tool.audience, tool.resource, decided.scopes
         )
-        held = Held(Lease("ls_" + secrets.token_hex(8), key, policy_ids=decided.policy_ids), workflow, tool, call)
+        lease = Lease("ls_" + secrets.token_hex(8), key, policy_ids=decided.policy_ids)
+        held = Held(lease, workflow, tool, call, min(permit.ttl, decided.ttl, tool.max_ttl))
         self.live.add(held)
-        ttl = min(permit.ttl, decided.ttl, tool.max_ttl)
-        held.exchanging = self._background.spawn(self._issue(held, ttl), f"exchange {tool.name}")
+        held.exchanging = self._background.spawn(self._issue(held), f"exchange {tool.name}")
         return held
 
-    async def _issue(self, held: Held, ttl: float) -> None:
+    async def _issue(self, held: Held) -> None:
         """The first exchange of a lease."""
         started = self._clock.monotonic()
         lease = held.lease
         try:
-            credential, header = await self._mint.credential(held, ttl)
+            credential, header = await self._mint.credential(held, held.ttl)
         except SpanlockError as error:
             self._events.tell(held, "issue_failed", reason=str(error.reason), since=started)
             if lease.state is LeaseState.PENDING:
@@ -145,7 +144,7 @@ class Broker:
         finally:
             held.exchanging = None
         state = step(LEASE_TABLE, lease.state, LeaseEvent.ISSUED)
-        self._arrived(held, credential, header, ttl, state)
+        self._arrived(held, credential, header, held.ttl, state)
         self._events.tell(held, "issued", since=started)
 
     def _arrived(self, held: Held, credential: Credential, header: bytes, ttl: float, state: LeaseState) -> None:
@@ -158,7 +157,6 @@ class Broker:
         life = min(credential.expires_at - self._clock.now(), ttl)
         held.install(credential, header)
         held.lease.usable_until = now + life - min(SKEW, life / 10)
-        held.issued_at = now
         low, high = _RENEW_AT
         held.renew_at = now + life * (low + (high - low) * self._rng.random())
 
@@ -299,7 +297,7 @@ class Broker:
             permit = self._decider.decide_lease(Action.LEASE_RENEW, held.workflow, held.tool, lease.key.scopes)
             if permit.scopes != lease.key.scopes:
                 raise Denied(Reason.POLICY_DENIED, "policy narrows the scopes now; the next use is leased anew")
-            ttl = min(permit.ttl, held.tool.max_ttl)
+            ttl = min(permit.ttl, held.ttl)
             credential, header = await self._mint.credential(held, ttl)
         except Denied:
             if lease.state in USABLE:

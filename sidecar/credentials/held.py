@@ -9,8 +9,9 @@ from sidecar.model.lease import Credential, Lease, LeaseEnd, RevocationRecord
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 
-Call = tuple[str, str, tuple[str, ...]]
-"""(workflow, tool, scopes): the inputs of a lease's key that differ between calls; the others are the tool's."""
+Call = tuple[str, str, tuple[str, ...], float]
+"""(workflow, tool, scopes, ttl): what differs between calls; the rest of a lease's key is the tool's. By `ttl` as well, so that
+a path whose policy wants a younger credential gets its own, and ends nobody's."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,10 +22,10 @@ class Held:
     workflow: Workflow
     tool: Tool
     call: Call
+    ttl: float
+    """Seconds that any credential of this lease is used at most, renewed ones too."""
     exchanging: asyncio.Task[None] | None = None
     """The exchange or renewal under way."""
-    issued_at: float = 0.0
-    """Monotonic seconds."""
     renew_at: float = 0.0
     """Monotonic seconds."""
     used_since_issue: bool = False

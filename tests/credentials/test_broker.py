@@ -168,6 +168,30 @@ async def test_other_scopes_are_another_lease() -> None:
     assert first is not second and first.key != second.key
 
 
+async def test_a_path_that_wants_a_younger_credential_gets_its_own_and_ends_nobodys() -> None:
+    """A call with a short ttl must not drop the lease that another call is streaming with."""
+    world = World()
+    long = await world.lease()
+    short = await world.broker.lease(world.workflow, TOOL, permit(ttl=30.0))
+    assert short is not long
+    await world.clock.advance(40)
+    assert await world.lease() is long and await world.broker.lease(world.workflow, TOOL, permit(ttl=30.0)) is not short
+    assert short.id in world.dropped and long.id not in world.dropped
+
+
+async def test_a_renewed_credential_is_used_no_longer_than_the_first() -> None:
+    """The policy for renewals says nothing of a ttl; that of the calls does, and no call may have to end the lease for it."""
+    world = World()
+    lease = await world.broker.lease(world.workflow, TOOL, permit(ttl=30.0))
+    renewer = asyncio.ensure_future(Renewer(world.broker, world.clock).run())
+    for _ in range(80):
+        assert await world.broker.lease(world.workflow, TOOL, permit(ttl=30.0)) is lease
+        world.broker.use(lease, world.workflow)
+        await world.clock.advance(1)
+    assert lease.epoch >= 3 and world.dropped == []
+    renewer.cancel()
+
+
 async def test_an_answer_never_seen_is_reported_as_mint_unknown() -> None:
     world = World()
     world.error = AnswerLost(Reason.ISSUER_UNAVAILABLE, "lost")
