@@ -12,7 +12,8 @@ _NAME = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def _check_url(value: str) -> str:
+def issuer_url(value: str) -> str:
+    """Where a JWT-SVID or a token may be sent. Raises ValueError for anything but https, or http on loopback."""
     parts = urlsplit(value)
     if parts.scheme == "https" and parts.hostname:
         return value
@@ -46,7 +47,7 @@ class TokenExchangeConfig(BaseModel):
     @field_validator("issuer", "token_endpoint", "revocation_endpoint", "introspection_endpoint")
     @classmethod
     def _urls(cls, value: str | None) -> str | None:
-        return None if value is None else _check_url(value)
+        return None if value is None else issuer_url(value)
 
 
 class StaticConfig(BaseModel):

@@ -115,8 +115,6 @@ class RevocationRecord:
     expires_at: float
     """Wall seconds."""
     agent: str
-    primary: bool = True
-    """False for the intermediate token of the two-step way."""
     revocable: bool = True
     """False for a credential that its issuer cannot revoke singly (a static secret)."""
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from sidecar.demo.token_service import DemoTokenService
+from sidecar.errors import IssuerError, Reason
 from tests.stage import client, closed, opened, ready_stage, url
 
 
@@ -57,6 +59,118 @@ async def test_a_bad_answer_has_its_reason_and_costs_no_call(name: str) -> None:
             assert (await agent.get(url(stage.search))).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome"),
+    [
+        ("wrong_token_type", "confirmed"), ("wrong_issued_type", "confirmed"), ("expires_negative", "confirmed"),
+        ("expires_huge", "confirmed"), ("expires_text", "confirmed"), ("not_json", "mint_unknown"), ("a_list", "mint_unknown"),
+        ("no_access_token", "mint_unknown"), ("ten_megabytes", "mint_unknown"),
+    ],
+)  # fmt: skip
+async def test_what_a_bad_answer_minted_is_taken_back_or_said_to_be_out_there(name: str, outcome: str) -> None:
+    """The answer was a yes: a token lives at the issuer, whatever is wrong with how it says so."""
+    async with ready_stage(subject="svid") as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            stage.issuer.tamper = BAD[name][0]
+            assert (await agent.get(url(stage.search))).headers["x-spanlock-reason"] == "issuer_malformed"
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == [outcome]
+        assert len(stage.issuer.revoked) == (1 if outcome == "confirmed" else 0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason", "says"),
+    [
+        ({"issuer": "https://other.test"}, "issuer_malformed", "names another issuer"),
+        ({"token_endpoint": "http://issuer.test/token"}, "issuer_malformed", "token_endpoint of its metadata is not an https URL"),
+        ({"token_endpoint": 7}, "issuer_malformed", "not an https URL"),
+        ({"token_endpoint": None}, "issuer_malformed", "not an https URL"),
+        (None, "issuer_unavailable", "no metadata; set token_endpoint"),
+    ],
+)  # fmt: skip
+async def test_metadata_that_leads_elsewhere_is_not_followed(metadata: Any, reason: str, says: str) -> None:
+    """A server behind a proxy that it does not know of names itself http; an assertion sent there could be read."""
+
+    async def answered(_: DemoTokenService, __: web.Request) -> web.Response:
+        base = stage.issuer.issuer
+        good = {"issuer": base, "token_endpoint": f"{base}/token", "revocation_endpoint": f"{base}/revoke"}
+        return web.json_response(good | metadata) if metadata is not None else web.Response(status=404)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DemoTokenService, "_metadata", answered)
+        async with ready_stage(subject="svid") as stage:
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                answer = await agent.get(url(stage.search))
+            assert answer.headers["x-spanlock-reason"] == reason and says in answer.text, answer.text
+            assert stage.issuer.minted == 0
+
+
+async def test_explicit_endpoints_need_no_metadata_and_a_client_id_is_sent() -> None:
+    """Without an introspection endpoint nothing can be confirmed; without a revocation endpoint nothing is revoked: both are said."""
+    for endpoints, outcome in ((("revocation",), "acknowledged"), ((), "local_only")):
+        async with ready_stage(subject="svid") as stage:
+            base = stage.issuer.issuer
+            explicit = "".join(f', {name}_endpoint: "{base}/revoke"' for name in endpoints)
+            text = stage.config_text().replace(
+                "subject: svid", f'subject: svid, client_id: "spanlock", token_endpoint: "{base}/token"{explicit}'
+            )
+            (stage.dir / "spanlock.yaml").write_text(text)
+            assert (await stage.app.reload()).applied
+            seen: list[str] = []
+            authenticate = stage.issuer._authenticate
+
+            def noted(form: dict[str, str], seen: list[str] = seen, plain: Any = authenticate) -> str:
+                seen.append(form.get("client_id", ""))
+                return str(plain(form))
+
+            stage.issuer._authenticate = noted  # type: ignore[method-assign]
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                assert (await agent.get(url(stage.search))).status_code == 200
+            report = await closed(stage, workflow.workflow.id)
+            assert [end.at_issuer for end in report.leases] == [outcome] and set(seen) == {"spanlock"}
+
+
+async def test_without_the_introspection_clients_secret_nothing_is_called_confirmed() -> None:
+    async with ready_stage(subject="svid") as stage:
+        (stage.dir / "tool-search.secret").unlink()
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == ["acknowledged"] and len(stage.issuer.revoked) == 1
+
+
+async def test_a_number_of_seconds_may_be_written_as_text() -> None:
+    async with ready_stage(subject="svid") as stage:
+        stage.issuer.tamper = lambda a: a | {"expires_in": "120"}
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200
+        (lease,) = stage.app.broker.leases()
+        assert lease.credential is not None and 115 < lease.credential.expires_at - stage.app.clock.now() <= 120
+
+
+async def test_a_token_that_the_host_application_handed_in_is_what_is_exchanged() -> None:
+    async with ready_stage(subject="host_token") as stage:
+        users = stage.issuer._mint("user-7", "web-app", ["web-app"], set())["access_token"]
+        workflow = await opened(stage, listener=True, subject_token=users)
+        async with client(stage, workflow.proxy_url) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200
+        claims = stage.issuer.active(stage.search.authorized[-1].removeprefix("Bearer "))
+        assert claims is not None and claims["sub"] == "user-7"
+        await closed(stage, workflow.workflow.id)
+        assert stage.issuer.active(users) is not None, "the user's own token is not ours to revoke"
+        noun = stage.app.registry.find(workflow.workflow.id)
+        assert noun is not None and noun.subject_token is None
+        without = await opened(stage, listener=True)
+        async with client(stage, without.proxy_url) as agent:
+            answer = await agent.get(url(stage.search))
+        assert answer.headers["x-spanlock-reason"] == "issuer_refused" and "subject_token" in answer.text
+
+
 async def test_no_expires_in_is_taken_as_a_short_life() -> None:
     async with ready_stage(subject="svid") as stage:
         stage.issuer.tamper = lambda a: {k: v for k, v in a.items() if k != "expires_in"}
@@ -100,6 +214,31 @@ async def test_a_static_secret_is_local_only() -> None:
         report = await closed(stage, workflow.id)
         assert [end.at_issuer for end in report.leases] == ["local_only"]
         assert report.leases[0].residual.seconds > 10**9, "no end"
+
+
+@pytest.mark.parametrize("source", ["secret_file: rotated.secret", "secret_env: SPANLOCK_TEST_SECRET"])
+async def test_a_static_secret_is_read_anew_and_its_absence_said(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = "- {{name: legacy, url: 'http://127.0.0.1:9', issuer: old, header: x-api-key, prefix: ''}}\n"
+    async with ready_stage(policy_for=("legacy",)) as stage:
+        issuer = f"issuers: [{{name: old, kind: static, {source}}}, "
+        (stage.dir / "spanlock.yaml").write_text(stage.config_text().replace("issuers: [", issuer) + tool.format())
+        assert (await stage.app.reload()).applied
+        workflow = stage.app.registry.get((await opened(stage)).workflow.id)
+        legacy = stage.app.plane.router.by_name("legacy")
+        permit = stage.app.decider.decide_request("demo", "test", legacy, "GET", "/")
+        for value in ("", "x" * 20_000, "bad\nvalue"):
+            monkeypatch.setenv("SPANLOCK_TEST_SECRET", value)
+            (stage.dir / "rotated.secret").write_text(value)
+            with pytest.raises(IssuerError) as refused:
+                await stage.app.broker.lease(workflow, legacy, permit)
+            assert refused.value.reason in (Reason.SECRET_UNAVAILABLE, Reason.CREDENTIAL_UNUSABLE)
+            assert len(refused.value.detail) < 200 and "bad" not in refused.value.detail
+        for value in ("first", "second"):
+            monkeypatch.setenv("SPANLOCK_TEST_SECRET", value)
+            (stage.dir / "rotated.secret").write_text(value + "\n")
+            lease = await stage.app.broker.lease(workflow, legacy, permit)
+            assert stage.app.broker.use(lease, workflow) == value.encode()
+            await stage.app.broker.withdraw(tool="legacy", reissue=True)
 
 
 async def test_a_bad_reload_changes_nothing() -> None:

@@ -83,7 +83,7 @@ class IssuerHttp:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise self._lost(f"the connection broke ({type(error).__name__})") from None
         if len(body) > MAX_ANSWER:
-            raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self._name}: the answer is over 64 KiB")
+            raise AnswerLost(Reason.ISSUER_MALFORMED, f"issuer {self._name}: the answer is over 64 KiB")
         if 300 <= status < 400:
             raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self._name}: redirects are never followed")
         return Answer(status, _object(body))

@@ -5,14 +5,13 @@ Servers that take only access tokens as subject (Keycloak) need two steps: clien
 the exchange. Both tokens are leased and revoked, since revoking the first does not reach the second.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sidecar.clock import Clock
-from sidecar.credentials.config import TokenExchangeConfig
+from sidecar.credentials.config import TokenExchangeConfig, issuer_url
 from sidecar.credentials.exchangers.http import Answer, IssuerHttp
-from sidecar.errors import IssuerError, Reason
+from sidecar.errors import AnswerLost, IssuerError, Reason
 from sidecar.model.lease import Credential, IssuerOutcome, RevocationRecord
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
@@ -22,10 +21,13 @@ from sidecar.secret import Secret
 _EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
 _ACCESS_TOKEN = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a type, not a token
 _JWT = "urn:ietf:params:oauth:token-type:jwt"
+_ENDPOINTS = ("token_endpoint", "revocation_endpoint", "introspection_endpoint")
 _ASSERTION = "urn:ietf:params:oauth:client-assertion-type:"
 
 DEFAULT_LIFE = 60.0
 """Seconds, when the answer has no expires_in (RFC 6749 only recommends it): short, so that a guess cannot do harm."""
+DOUBTFUL_LIFE = 3600.0
+"""Seconds for which a token is tried to be taken back when its answer does not say, plausibly, how long it lives."""
 LONGEST_LIFE = 400 * 86400.0
 """Seconds. An answer that promises more is nonsense; what is used at most is the tool's `max_ttl` in any case."""
 
@@ -49,8 +51,7 @@ class TokenExchanger:
         """One credential for one tool; its records include the first token's when there are two steps."""
         if self._config.subject == "client_credentials":
             form = {"grant_type": "client_credentials", **_scope(scopes)}
-            first = await self._token(workflow.agent, form, tool, False)
-            minted.extend(replace(record, primary=False) for record in first.records)
+            first = await self._token(workflow.agent, form, tool, minted, exchanged=False)
             subject, subject_type = first.value, _ACCESS_TOKEN
         elif self._config.subject == "svid":
             subject, subject_type = await self._svids.jwt_svid(workflow.agent, self._audience), _JWT
@@ -61,13 +62,6 @@ class TokenExchanger:
                 Reason.ISSUER_REFUSED,
                 f"issuer {self.issuer} exchanges the host application's token; give subject_token to Open",
             )
-        credential = await self._exchange_step(workflow, tool, scopes, subject, subject_type)
-        minted.extend(credential.records)
-        return replace(credential, records=tuple(minted))
-
-    async def _exchange_step(
-        self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], subject: Secret, subject_type: str
-    ) -> Credential:
         form = {
             "grant_type": _EXCHANGE,
             "subject_token": subject.reveal(),
@@ -79,21 +73,28 @@ class TokenExchanger:
             form["audience"] = tool.audience
         if tool.resource is not None:
             form["resource"] = tool.resource
-        return await self._token(workflow.agent, form, tool, True)
+        return await self._token(workflow.agent, form, tool, minted, exchanged=True)
 
-    async def _token(self, agent: str, form: dict[str, str], tool: Tool, exchanged: bool) -> Credential:
+    async def _token(
+        self, agent: str, form: dict[str, str], tool: Tool, minted: list[RevocationRecord], *, exchanged: bool
+    ) -> Credential:
+        """One token. From the moment that it can be read it is in `minted`, whatever else is wrong with the answer."""
         endpoint = await self._endpoint("token_endpoint")
         if endpoint is None:
             raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: its metadata has no token_endpoint")
         answer = await self._http.post(endpoint, form | await self._client(agent))
         _raise_for(self.issuer, answer)
-        body = _checked(self.issuer, answer.json, exchanged)
+        body, value = _minted(self.issuer, answer.json)
         now = self._clock.now()
-        expires_at = now + _life(self.issuer, body.get("expires_in"))
-        value = Secret(body["access_token"])
-        record = RevocationRecord(self.issuer, tool.name, value, expires_at, agent)
+        try:
+            _check(self.issuer, body, exchanged)
+            expires_at = now + _life(self.issuer, body.get("expires_in"))
+        except IssuerError:
+            minted.append(RevocationRecord(self.issuer, tool.name, value, now + DOUBTFUL_LIFE, agent))
+            raise
+        minted.append(RevocationRecord(self.issuer, tool.name, value, expires_at, agent))
         granted = tuple(sorted(str(body["scope"]).split())) if isinstance(body.get("scope"), str) else ()
-        return Credential(value, now, expires_at, (record,), granted)
+        return Credential(value, now, expires_at, tuple(minted), granted)
 
     # -- look up and revoke -------------------------------------------------------------------------------------
 
@@ -165,10 +166,19 @@ class TokenExchanger:
                     raise IssuerError(
                         Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: its metadata names another issuer"
                     )
-                return {k: v for k, v in answer.json.items() if k.endswith("_endpoint") and isinstance(v, str)}
+                return {name: self._usable(name, answer.json[name]) for name in _ENDPOINTS if name in answer.json}
         raise IssuerError(
             Reason.ISSUER_UNAVAILABLE, f"issuer {self.issuer}: no metadata; set token_endpoint explicitly"
         )
+
+    def _usable(self, name: str, url: Any) -> str:
+        """A server behind a proxy that it does not know of names itself http: our assertion does not go there."""
+        try:
+            return issuer_url(str(url))
+        except ValueError:
+            raise IssuerError(
+                Reason.ISSUER_MALFORMED, f"issuer {self.issuer}: the {name} of its metadata is not an https URL"
+            ) from None
 
     async def aclose(self) -> None:
         """Ends the session."""
@@ -206,21 +216,21 @@ _ERRORS = frozenset(
 )  # fmt: skip
 
 
-def _checked(issuer: str, body: dict[str, Any] | None, exchanged: bool) -> dict[str, Any]:
+def _minted(issuer: str, body: dict[str, Any] | None) -> tuple[dict[str, Any], Secret]:
+    """The token of an answer that says that there is one. Raises `AnswerLost` (issuer_malformed) when it cannot be read."""
+    value = (body or {}).get("access_token")
+    if body is None or not isinstance(value, str) or not value:
+        what = "the token answer is not a JSON object" if body is None else "the token answer has no access_token"
+        raise AnswerLost(Reason.ISSUER_MALFORMED, f"issuer {issuer}: {what}")
+    return body, Secret(value)
+
+
+def _check(issuer: str, body: dict[str, Any], exchanged: bool) -> None:
     """What RFC 6749 section 5.1 and RFC 8693 section 2.2.1 require, or `IssuerError` (issuer_malformed)."""
-
-    def malformed(what: str) -> IssuerError:
-        return IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: {what}")
-
-    if body is None:
-        raise malformed("the token answer is not a JSON object")
-    if not isinstance(body.get("access_token"), str) or not body["access_token"]:
-        raise malformed("the token answer has no access_token")
     if str(body.get("token_type", "")).lower() != "bearer":
-        raise malformed("the token_type is not Bearer")
+        raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: the token_type is not Bearer")
     if exchanged and body.get("issued_token_type") != _ACCESS_TOKEN:
-        raise malformed("the issued_token_type is not an access token")
-    return body
+        raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: the issued_token_type is not an access token")
 
 
 def _life(issuer: str, expires_in: Any) -> float:
