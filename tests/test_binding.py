@@ -1,0 +1,196 @@
+"""Which workflow a call belongs to, and which destination: every rule of both, with what each refuses."""
+
+import base64
+from typing import Any
+
+import httpx
+import pytest
+
+from sidecar.cli.stage import Stage
+from sidecar.errors import CallerError, Reason
+from sidecar.model.caller import Caller
+from sidecar.model.tool import Tool
+from sidecar.model.workflow import CloseReason
+from sidecar.proxy import destination
+from sidecar.proxy.binding import handle_of
+from sidecar.proxy.http1 import Fields, parse_request
+from sidecar.proxy.inject import stripped
+from sidecar.tools.names import parse_authority
+from sidecar.tools.router import Router
+from sidecar.workflows.traceparent import trace_id
+from tests.stage import client, closed, opened, port_of, ready_stage, url
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+async def asked(stage: Stage, proxy: str, **headers: str) -> httpx.Response:
+    async with client(stage, proxy) as agent:
+        return await agent.get(url(stage.search), headers=headers)
+
+
+def explicit(stage: Stage, user: str = "") -> str:
+    return f"http://{user}127.0.0.1:{port_of(stage.app.addresses['explicit'])}"
+
+
+# -- workflows ------------------------------------------------------------------------------------------------------------
+
+
+async def test_the_only_open_workflow_is_the_calls_own_where_the_operator_says_so() -> None:
+    async with ready_stage(more="workflows: {{bind_only_open: true}}\n") as stage:
+        assert (await asked(stage, explicit(stage))).headers["x-spanlock-reason"] == "no_workflow"
+        first = await opened(stage)
+        assert (await asked(stage, explicit(stage))).status_code == 200
+        await opened(stage)
+        two = await asked(stage, explicit(stage))
+        assert two.headers["x-spanlock-reason"] == "no_workflow", "which of the two is not for us to guess"
+        await closed(stage, first.workflow.id)
+        assert (await asked(stage, explicit(stage))).status_code == 200
+
+
+async def test_a_workflows_own_listener_takes_its_handle_and_no_other() -> None:
+    async with ready_stage() as stage:
+        one, other = await opened(stage, listener=True), await opened(stage)
+        port = port_of(one.proxy_url)
+        assert (await asked(stage, f"http://x:{one.handle}@127.0.0.1:{port}")).status_code == 200
+        with pytest.raises(httpx.ProxyError, match="407"):
+            await asked(stage, f"http://x:{other.handle}@127.0.0.1:{port}")
+
+
+async def test_a_listener_is_its_own_callers_alone() -> None:
+    async with ready_stage() as stage:
+        workflow = (await opened(stage)).workflow.id
+        registry = stage.app.registry
+        with pytest.raises(CallerError) as refused:
+            registry.join(Caller(0, frozenset({"other"}), workflow), None, None)
+        assert refused.value.reason is Reason.UNKNOWN_CALLER
+        await registry.close(registry.get(workflow), CloseReason.CLOSED)
+        with pytest.raises(CallerError) as refused:
+            registry.join(Caller(0, frozenset({"demo"}), workflow), None, None)
+        assert refused.value.reason is Reason.WORKFLOW_CLOSED
+        for known, reason in ((workflow, Reason.WORKFLOW_CLOSED), ("wf_none", Reason.WORKFLOW_UNKNOWN)):
+            with pytest.raises(CallerError) as refused:
+                registry.get(known)
+            assert refused.value.reason is reason
+
+
+async def test_one_trace_is_one_workflow_of_an_agent() -> None:
+    async with ready_stage() as stage:
+        first = await opened(stage, trace_id=TRACE)
+        with pytest.raises(Exception, match="has an open workflow with it already"):
+            await opened(stage, trace_id=TRACE)
+        await closed(stage, first.workflow.id)
+        await opened(stage, trace_id=TRACE)
+
+
+@pytest.mark.parametrize(
+    ("header", "means"),
+    [
+        (f"00-{TRACE}-b7ad6b7169203331-01", TRACE),
+        (f"cc-{TRACE}-b7ad6b7169203331-01-what-a-later-version-adds", TRACE),
+        (f"00-{TRACE}-b7ad6b7169203331-01-more", None),
+        (f"ff-{TRACE}-b7ad6b7169203331-01", None),
+        (f"00-{'0' * 32}-b7ad6b7169203331-01", None),
+        (f"00-{TRACE}-{'0' * 16}-01", None),
+        (f"00-{TRACE.upper()}-b7ad6b7169203331-01", None),
+        (f"00-{TRACE}-b7ad6b7169203331", None),
+        ("", None),
+    ],
+)
+def test_only_a_valid_traceparent_names_a_trace(header: str, means: str | None) -> None:
+    assert trace_id(header.encode()) == means
+
+
+@pytest.mark.parametrize(
+    ("header", "means"),
+    [
+        (b"slw_abc", "slw_abc"),
+        (b"Bearer slw_abc ", "slw_abc"),
+        (b"bAsIc " + base64.b64encode(b"anyone:slw_abc"), "slw_abc"),
+        (b"Basic " + base64.b64encode(b"slw_abc"), ""),  # no password: an empty handle, which is a bad one
+        (b"Digest abc", "Digest abc"),
+    ],
+)
+def test_where_a_handle_stands(header: bytes, means: str) -> None:
+    assert handle_of(header) == means
+
+
+def test_basic_that_is_none_is_refused() -> None:
+    with pytest.raises(CallerError) as refused:
+        handle_of(b"Basic not*base64")
+    assert refused.value.reason is Reason.HANDLE_INVALID
+
+
+# -- destinations ---------------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, scheme: str, host: str, **fields: Any) -> Tool:
+    return Tool(
+        name=name,
+        scheme=scheme,
+        authority=parse_authority(host, 443 if scheme == "https" else 80),
+        issuer="i",
+        **fields,
+    )
+
+
+SECURE, PLAIN, NEAR = tool("a", "https", "a.test"), tool("b", "http", "b.test"), tool("c", "http", "127.0.0.1:81")
+OPEN = tool("d", "http", "d.test", allow_cleartext=True)
+ROUTER = Router((SECURE, PLAIN, NEAR, OPEN))
+
+
+def head(line: str, host: str) -> Any:
+    return parse_request(f"{line} HTTP/1.1\r\nHost: {host}".encode(), Fields(stripped))
+
+
+def in_the_tunnel(line: str, host: str) -> tuple[str, bytes]:
+    found, target = destination.intercepted(head(line, host), SECURE.authority, SECURE)
+    return found.name, target
+
+
+def by_absolute_form(line: str, host: str) -> tuple[str, bytes]:
+    found, target = destination.absolute(head(line, host), ROUTER)
+    return found.name, target
+
+
+def by_base_url(line: str, host: str) -> tuple[str, bytes]:
+    found, target = destination.reverse(head(line, host), ROUTER)
+    return found.name, target
+
+
+@pytest.mark.parametrize(
+    ("way", "line", "host", "means"),
+    [
+        (in_the_tunnel, "GET /x?y", "a.test", ("a", b"/x?y")),
+        (in_the_tunnel, "GET /x", "A.test:443", ("a", b"/x")),
+        (in_the_tunnel, "OPTIONS *", "a.test", ("a", b"*")),
+        (in_the_tunnel, "GET https://a.test/x", "a.test", ("a", b"/x")),
+        (in_the_tunnel, "GET https://b.test/x", "a.test", "authority_mismatch"),
+        (in_the_tunnel, "GET http://a.test/x", "a.test", "authority_mismatch"),
+        (in_the_tunnel, "GET *", "a.test", "authority_mismatch"),
+        (in_the_tunnel, "GET /x", "b.test", "authority_mismatch"),
+        (in_the_tunnel, "GET /x", "a.test:8443", "authority_mismatch"),
+        (by_absolute_form, "GET http://127.0.0.1:81/x", "127.0.0.1:81", ("c", b"/x")),
+        (by_absolute_form, "GET http://d.test?y", "d.test", ("d", b"/?y")),
+        (by_absolute_form, "GET HTTP://D.test/", "d.test:80", ("d", b"/")),
+        (by_absolute_form, "GET http://b.test/", "b.test", "cleartext_refused"),
+        (by_absolute_form, "GET http://a.test/", "a.test", "cleartext_refused"),
+        (by_absolute_form, "GET http://z.test/", "z.test", "unknown_tool"),
+        (by_absolute_form, "GET http://d.test/", "c.test", "authority_mismatch"),
+        (by_absolute_form, "GET ftp://d.test/", "d.test", "authority_mismatch"),
+        (by_absolute_form, "GET https://a.test/", "a.test", "authority_mismatch"),
+        (by_base_url, "GET /a/x", "localhost", ("a", b"/x")),
+        (by_base_url, "GET /c", "[::1]:17002", ("c", b"/")),
+        (by_base_url, "GET /c?y", "127.0.0.1", ("c", b"/?y")),
+        (by_base_url, "GET /b/x", "127.0.0.1", "cleartext_refused"),
+        (by_base_url, "GET /z/x", "127.0.0.1", "unknown_tool"),
+        (by_base_url, "GET //a/x", "127.0.0.1", "unknown_tool"),
+        (by_base_url, "GET /a/x", "rebound.test", "authority_mismatch"),
+    ],
+)
+def test_one_destination_or_none(way: Any, line: str, host: str, means: Any) -> None:
+    if isinstance(means, str):
+        with pytest.raises(CallerError) as refused:
+            way(line, host)
+        assert str(refused.value.reason) == means
+    else:
+        assert way(line, host) == means
