@@ -10,6 +10,7 @@ from typing import Literal
 from sidecar.errors import CallerError, Reason
 
 _SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
 _MAX_SIZE_LINE = 17
 """15 hex digits and CRLF: over 2^59 bytes in one chunk is nobody's wish."""
 
@@ -55,31 +56,49 @@ class Framing:
         return self._feed_chunked(data)
 
     def _feed_chunked(self, data: bytes) -> tuple[bytes, bytes]:
+        """By position: a copy of the rest for each chunk would cost a second for a read full of small ones."""
         payload: list[bytes] = []
-        while data and not self.done:
+        at, size = 0, len(data)
+        while at < size and not self.done:
+            if self._expect == "size" and not self._line:
+                at = self._feed_whole(data, at, payload)
             if self._expect == "data":
-                piece, data = data[: self.remaining], data[self.remaining :]
-                payload.append(piece)
-                self.remaining -= len(piece)
+                taken = min(self.remaining, size - at)
+                payload.append(data[at : at + taken])
+                at += taken
+                self.remaining -= taken
                 if self.remaining == 0:
                     self._expect = "crlf"
-            else:
-                data = self._feed_line(data)
-        return b"".join(payload), data
+            elif at < size:
+                at = self._feed_line(data, at)
+        return b"".join(payload), data[at:]
 
-    def _feed_line(self, data: bytes) -> bytes:
-        """Takes one framing line: a size, the CRLF after a chunk, or the end after the last one."""
-        end = data.find(b"\n")
-        self._line += data if end < 0 else data[: end + 1]
-        if end < 0 and len(self._line) <= _MAX_SIZE_LINE:
-            return b""
-        line, self._line = self._line, b""
+    def _feed_whole(self, data: bytes, at: int, payload: list[bytes]) -> int:
+        """Takes the chunks that are there from their first byte to their last; most are."""
+        while (size := _SIZE_LINE.match(data, at)) is not None:
+            begin = size.end()
+            end = begin + int(size[1], 16)
+            if end == begin or data[end : end + 2] != b"\r\n":
+                break
+            payload.append(data[begin:end])
+            at = end + 2
+        return at
+
+    def _feed_line(self, data: bytes, at: int) -> int:
+        """Takes one framing line: a size, the CRLF after a chunk, or the end after the last one. Where it ends in `data`."""
+        limit = at + _MAX_SIZE_LINE
+        end = data.find(b"\n", at, limit) + 1
+        line = self._line + data[at : end or limit]
+        if not end and len(line) < _MAX_SIZE_LINE:
+            self._line = line
+            return len(data)
+        self._line = b""
         if not line.endswith(b"\r\n"):
             raise _broken()
         if self._expect == "size":
-            if not _SIZE.fullmatch(line[:-2]):
+            if not _SIZE.fullmatch(line, 0, len(line) - 2):
                 raise _broken()
-            self.remaining = int(line[:-2], 16)
+            self.remaining = int(line, 16)
             self._expect = "data" if self.remaining else "end"
         elif line != b"\r\n":
             raise _broken()
@@ -87,7 +106,7 @@ class Framing:
             self.done = True
         else:
             self._expect = "size"
-        return data[end + 1 :]
+        return end
 
 
 NO_BODY = Framing("none")

@@ -10,6 +10,8 @@ from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
 from sidecar.proxy.outbox import Outbox, Sender
 
+_MAX_INTERIM = 16
+"""Heads in one read, of which all but the last are 1xx. Precedent: Go takes 5."""
 _WITHHELD = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
      b"transfer-encoding", b"upgrade", b"alt-svc")
@@ -155,7 +157,7 @@ class Upstream(Sender):
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _head(self, flow: Carried, data: bytes) -> None:
-        while True:
+        for _ in range(_MAX_INTERIM):
             end = data.find(b"\r\n\r\n")
             if end < 0 or end > MAX_HEAD:
                 if len(data) > MAX_HEAD:
@@ -167,6 +169,8 @@ class Upstream(Sender):
                 raise UpstreamError(Reason.UPSTREAM_MALFORMED, "the tool switched protocols unasked")
             if head.status >= 200:
                 break
+        else:
+            raise UpstreamError(Reason.UPSTREAM_MALFORMED, f"the tool sent {_MAX_INTERIM} interim answers at once")
         self._buffer = b""
         self.response, self._framing = head, head.framing
         self._body(flow, data)
