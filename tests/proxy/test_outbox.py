@@ -51,6 +51,17 @@ async def test_the_writes_of_one_step_leave_together_and_in_order() -> None:
         assert arrived(far_one) == b"c"
 
 
+async def test_bulk_leaves_at_once_so_that_the_transport_can_say_that_it_is_full() -> None:
+    outbox = Outbox()
+    async with pair(outbox) as (one, far):
+        one.write(b"head")
+        one.write(b"x" * 20_000)
+        assert not one.unsent and len(arrived(far) or b"") == 20_004
+        for _ in range(64):
+            one.write(b"y")
+        assert not one.unsent and arrived(far) == b"y" * 64
+
+
 async def test_abort_takes_back_what_has_not_left() -> None:
     outbox = Outbox()
     async with pair(outbox) as (one, far_one), pair(outbox) as (two, far_two):

@@ -1,0 +1,135 @@
+"""A side that does not read holds the other side up, not our memory; nothing is lost when it goes on."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from sidecar.cli.stage import Stage
+from sidecar.proxy.downstream import Connection
+from sidecar.proxy.outbox import Sender
+from tests.proxy.test_tools import TOOL
+from tests.stage import opened, port_of, ready_stage
+
+SIZE = 64 << 20
+"""Far more than all socket buffers on the way take."""
+HERE = 1 << 20
+"""Bytes that may wait in the sidecar: the transport's limit, and one read beyond it."""
+BLOCK = bytes(range(256)) * 256
+WHOLE = hashlib.sha256(BLOCK * (SIZE // len(BLOCK))).digest()
+
+
+class Streaming:
+    """A tool that sends SIZE bytes, or takes as many, at the other side's pace; `gate` holds its reading back."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.asked = False
+        self.taken = hashlib.sha256()
+        self.gate = asyncio.Event()
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self._talk, "127.0.0.1", 0, limit=1 << 16)
+        return int(self.server.sockets[0].getsockname()[1])
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            self.asked = True
+            if head.startswith(b"GET"):
+                await self._send(writer)
+            else:
+                await self._take(reader)
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+    async def _send(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE)
+        while self.sent < SIZE:
+            writer.write(BLOCK)
+            await writer.drain()
+            self.sent += len(BLOCK)
+
+    async def _take(self, reader: asyncio.StreamReader) -> None:
+        await self.gate.wait()
+        left = SIZE
+        while left:
+            data = await reader.read(1 << 16)
+            self.taken.update(data)
+            left -= len(data)
+
+
+@asynccontextmanager
+async def streaming() -> AsyncIterator[tuple[Stage, Streaming, asyncio.StreamReader, asyncio.StreamWriter, str]]:
+    tool = Streaming()
+    port = await tool.start()
+    try:
+        async with ready_stage(more=TOOL.format(port=port), policy_for=("raw",)) as stage:
+            handle = (await opened(stage)).handle
+            proxy = port_of(stage.app.addresses["reverse"])
+            reader, writer = await asyncio.open_connection("127.0.0.1", proxy, limit=1 << 16)
+            yield (
+                stage,
+                tool,
+                reader,
+                writer,
+                f"/raw/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\n",
+            )
+            writer.close()
+    finally:
+        tool.server.close()
+
+
+async def carrying(stage: Stage, held: Callable[[Connection], bool]) -> Connection:
+    """The connection that carries the call, once one of its sides is held up."""
+    async with asyncio.timeout(20):
+        while True:
+            for connection in stage.app.listeners.connections:
+                if connection.flow is not None and connection.flow.upstream is not None and held(connection):
+                    return connection
+            await asyncio.sleep(0.01)
+
+
+def waiting(sender: Sender | None) -> int:
+    """Bytes that wait here for a side that does not read."""
+    assert sender is not None and sender.transport is not None
+    return sender.transport.get_write_buffer_size() + sum(map(len, sender._unsent))
+
+
+def tool_is_held(connection: Connection) -> bool:
+    upstream = connection.flow.upstream.transport if connection.flow and connection.flow.upstream else None
+    return upstream is not None and not upstream.is_reading()
+
+
+async def test_an_agent_that_does_not_read_holds_the_tool_up() -> None:
+    async with streaming() as (stage, tool, reader, writer, rest):
+        writer.write(f"GET {rest}\r\n".encode())
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        connection = await carrying(stage, tool_is_held)
+        assert waiting(connection) < HERE and tool.sent < SIZE
+        digest = hashlib.sha256()
+        for _ in range(SIZE // len(BLOCK)):
+            digest.update(await asyncio.wait_for(reader.readexactly(len(BLOCK)), 10))
+        assert digest.digest() == WHOLE
+
+
+async def test_a_tool_that_does_not_read_holds_the_agent_up() -> None:
+    async with streaming() as (stage, tool, reader, writer, rest):
+        writer.write(f"POST {rest}Content-Length: {SIZE}\r\n\r\n".encode())
+
+        async def upload() -> None:
+            for _ in range(SIZE // len(BLOCK)):
+                writer.write(BLOCK)
+                await writer.drain()
+
+        uploading = asyncio.ensure_future(upload())
+        connection = await carrying(stage, lambda c: c._paused and tool.asked)
+        assert connection.flow is not None
+        assert waiting(connection.flow.upstream) < HERE and not uploading.done()
+        tool.gate.set()
+        await asyncio.wait_for(uploading, 20)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        assert head.startswith(b"HTTP/1.1 200") and tool.taken.digest() == WHOLE
