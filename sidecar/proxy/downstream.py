@@ -43,8 +43,8 @@ class Connection(Sender):
     """One connection from an agent. `connections` (the listener's set) holds it while it lives."""
 
     __slots__ = (
-        "_buffer", "_chunked_reply", "_connections", "_fields", "_intercepting", "_joined", "_own_workflow", "_paused",
-        "_refusal", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
+        "_buffer", "_choked", "_chunked_reply", "_connections", "_fields", "_intercepting", "_joined", "_own_workflow",
+        "_paused", "_refusal", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, mode: Mode, connections: "set[Connection]", workflow: str | None = None) -> None:
@@ -63,6 +63,8 @@ class Connection(Sender):
         self._joined: Workflow | None = None
         self._buffer = b""
         self._refusal: SpanlockError | None = None
+        self._choked = False
+        """The agent does not read what it was sent."""
         self._chunked_reply = False
         self._intercepting = False
         self._paused = False
@@ -120,10 +122,15 @@ class Connection(Sender):
         return False
 
     def pause_writing(self) -> None:
+        self._choked = True
+        self._hold_tool()
+
+    def _hold_tool(self) -> None:
         if self.flow is not None and self.flow.upstream is not None:
             self.flow.upstream.pause()
 
     def resume_writing(self) -> None:
+        self._choked = False
         if self.flow is not None and self.flow.upstream is not None:
             self.flow.upstream.resume()
 
@@ -270,6 +277,8 @@ class Connection(Sender):
         if first:
             parts.append(chunk(first) if self._chunked_reply else first)
         self.write(b"".join(parts))
+        if self._choked:
+            self._hold_tool()  # by the answer before: the transport says it once only
 
     def relay(self, payload: bytes) -> None:
         self.write(chunk(payload) if self._chunked_reply else payload)

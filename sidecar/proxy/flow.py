@@ -196,6 +196,7 @@ class Flow(Driven):
         self.status = head.status
         # An answer before the request's end leaves unread bytes on both sides: neither connection is used again (D5).
         self._keep_alive = self._keep_alive and self.body_complete
+        upstream.resume()
         self.downstream.reply(head, self._keep_alive, b"".join(self._early))
         while not upstream.complete:
             if upstream.error is not None:
@@ -215,6 +216,8 @@ class Flow(Driven):
             self.downstream.relay(payload)
         else:
             self._early.append(payload)
+            if self._task is not None and self.upstream is not None:
+                self.upstream.pause()  # a Task wakes a step later, and the loop reads many times in a step
 
     def request_body(self, payload: bytes, complete: bool) -> None:
         """A piece of the request's body (from the downstream)."""

@@ -2,9 +2,9 @@
 
 Writing at once costs a third more CPU for each call under load: the process at the other end goes to sleep and is woken
 for each write, and the kernel's code and ours push each other out of the caches. Nothing waits for more to come: what one
-step writes, it sends. Bulk goes out at once: the loop reads a socket up to 32 times in a step, and only a transport that has the
-bytes can say that it is full. What has not left yet is thrown away by `abort`, so a close that comes in the same step as a call
-keeps the call's credential here.
+step writes, it sends. Bulk goes out at once: the loop reads a socket up to 32 times in a step, and only a transport that
+has the bytes can say that it is full. What has not left yet is thrown away by `abort`, so a close that comes in the same step
+as a call keeps the call's credential here.
 """
 
 import asyncio

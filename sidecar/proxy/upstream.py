@@ -46,8 +46,8 @@ class Upstream(Sender):
     """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
 
     __slots__ = (
-        "_buffer", "_fields", "_framing", "address", "answered", "bytes_in", "complete", "error", "flow", "response", "reused",
-        "tool", "workflow",
+        "_buffer", "_fields", "_framing", "_held_up", "address", "answered", "bytes_in", "complete", "error",
+        "flow", "response", "reused", "tool", "workflow",
     )  # fmt: skip
 
     def __init__(self, outbox: Outbox, workflow: str, tool: Tool, address: str) -> None:
@@ -60,6 +60,7 @@ class Upstream(Sender):
         self._fields = Fields(withheld)
         self._buffer = b""
         self._framing: Framing | None = None
+        self._held_up = False
         self.response: ResponseHead | None = None
         self.complete = False
         """The response's last byte has been relayed."""
@@ -135,21 +136,26 @@ class Upstream(Sender):
         self.write(request.head)
 
     def pause(self) -> None:
+        """Reads no more until `resume`, or the end of this flow's use."""
         if self.transport is not None and not self.transport.is_closing():
+            self._held_up = True
             self.transport.pause_reading()
 
     def resume(self) -> None:
-        if self.transport is not None and not self.transport.is_closing():
+        if self._held_up and self.transport is not None and not self.transport.is_closing():
+            self._held_up = False
             self.transport.resume_reading()
 
     def release(self) -> bool:
         """Ends this flow's use. True when the connection may carry another of the same workflow and tool."""
         self.flow = None
-        in_step = self.complete and not self.unsent
-        reusable = self.alive and in_step and self.response is not None and self.response.keep_alive
+        in_step = self.complete and not self.unsent and self.response is not None and self.response.keep_alive
+        # What the tool has not taken of this request would go before the next one.
+        reusable = in_step and self.alive and cast(asyncio.Transport, self.transport).get_write_buffer_size() == 0
         self.response = self._framing = None
         self._buffer = b""
         self.reused = True
+        self.resume()
         if not reusable:
             self.abort()
         return reusable

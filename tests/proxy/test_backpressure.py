@@ -5,9 +5,14 @@ import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import pytest
+
 from sidecar.cli.stage import Stage
+from sidecar.model.tool import Authority, Tool
 from sidecar.proxy.downstream import Connection
-from sidecar.proxy.outbox import Sender
+from sidecar.proxy.http1 import Fields, parse_response
+from sidecar.proxy.outbox import Outbox, Sender
+from sidecar.proxy.upstream import Upstream, withheld
 from tests.proxy.test_tools import TOOL
 from tests.stage import opened, port_of, ready_stage
 
@@ -133,3 +138,64 @@ async def test_a_tool_that_does_not_read_holds_the_agent_up() -> None:
         await asyncio.wait_for(uploading, 20)
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert head.startswith(b"HTTP/1.1 200") and tool.taken.digest() == WHOLE
+
+
+async def test_an_agent_that_has_not_read_the_last_answer_holds_the_next_one_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A transport says once that it is full; the answer that comes after must find it out by itself."""
+    async with streaming() as (stage, tool, reader, writer, rest):
+        writer.write(f"GET {rest.replace('/raw/', '/search/')}\r\n".encode())
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        (connection,) = stage.app.listeners.connections
+        async with asyncio.timeout(5):
+            while connection.flow is not None:
+                await asyncio.sleep(0)
+        connection.pause_writing()
+        monkeypatch.setattr(Connection, "pause_writing", lambda _: None)
+        writer.write(f"GET {rest}\r\n".encode())
+        await carrying(stage, tool_is_held)
+        assert waiting(connection) < HERE and tool.sent < SIZE
+        connection.resume_writing()
+        rest_of_it = 0
+        while rest_of_it < SIZE:
+            rest_of_it += len(await asyncio.wait_for(reader.read(1 << 16), 10))
+
+
+async def test_a_tools_connection_that_was_held_up_at_its_answers_end_serves_the_next_call() -> None:
+    async with streaming() as (stage, _, reader, writer, rest):
+        for number in range(4):
+            writer.write(f"GET {rest.replace('/raw/', '/search/')}\r\n".encode())
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            await asyncio.wait_for(reader.readexactly(length), 10)
+            if number == 1:
+                (connection,) = stage.app.listeners.connections
+                connection.pause_writing()
+
+
+class Unread:
+    """A transport whose other end has not taken everything."""
+
+    left = 5
+    closed = False
+
+    def get_write_buffer_size(self) -> int:
+        return self.left
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(("left", "reused"), [(5, False), (0, True)])
+def test_d5_a_connection_whose_request_has_not_been_taken_whole_carries_no_other(left: int, reused: bool) -> None:
+    tool = Tool(name="t", scheme="http", authority=Authority("127.0.0.1", 9), issuer="i")
+    upstream, transport = Upstream(Outbox(), "wf", tool, "127.0.0.1"), Unread()
+    transport.left = left
+    upstream.transport = transport  # type: ignore[assignment]
+    upstream.response = parse_response(b"HTTP/1.1 200 OK\r\nContent-Length: 0", b"POST", Fields(withheld))
+    upstream.complete = True
+    assert upstream.release() is reused and transport.closed is not reused
