@@ -18,8 +18,8 @@ from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 from sidecar.policy.load import LoadedPolicy
 
-_MEMO = 8192
-"""Answers remembered; paths come from the agent, so the memo is emptied when full."""
+_MEMO, _MEMO_PATH = 8192, 1024
+"""Answers remembered, and the longest path in one; paths come from the agent, so the memo is emptied when full."""
 
 _Key = tuple[str, str, str, str, str]
 
@@ -53,7 +53,8 @@ class Decider:
             answer = self._decide_request(agent, workflow_name, tool, method, path)
             if len(self._memo) >= _MEMO:
                 self._memo.clear()
-            self._memo[key] = answer
+            if len(path) <= _MEMO_PATH:
+                self._memo[key] = answer
         if isinstance(answer, Denied):
             raise Denied(answer.reason, answer.detail)
         return answer

@@ -18,8 +18,8 @@ MAX_HEAD = 64 * 1024
 """Bytes. Precedents: Go 1 MiB, Node 16 KiB, Envoy 60 KiB."""
 MAX_FIELDS = 128
 """Precedents: Apache and Envoy 100."""
-_REMEMBERED = 64
-"""Field lines that a connection may remember."""
+_REMEMBERED, _REMEMBERED_BYTES = 64, 4096
+"""Field lines that a connection may remember, and how long they are together: it is idle most of its life."""
 
 # Possessive throughout: 64 KiB that do not match cost one pass, never a backtrack.
 _REQUEST_LINE = re.compile(rb"([A-Z][A-Z\-]{0,31}) ([\x21-\x7e]++) HTTP/1\.([01])")
@@ -45,10 +45,11 @@ class Fields:
     `stops` says by its lower-case name which field never goes on from here.
     """
 
-    __slots__ = ("_known", "_stops")
+    __slots__ = ("_known", "_known_bytes", "_stops")
 
     def __init__(self, stops: Callable[[bytes], bool]) -> None:
         self._known: dict[bytes, Field] = {}
+        self._known_bytes = 0
         self._stops = stops
 
     def read(self, lines: list[bytes]) -> list[Field] | None:
@@ -66,11 +67,16 @@ class Fields:
                 return None
             name, value = match[1].lower(), match[2].rstrip(b" \t")
             fields.append(Field(name, value, b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)))
+        self._remember(lines, fields)
+        return fields
+
+    def _remember(self, lines: list[bytes], fields: list[Field]) -> None:
         known = self._known
         known.update(zip(lines, fields, strict=True))
-        if len(known) > _REMEMBERED:
+        self._known_bytes += sum(map(len, lines))
+        if len(known) > _REMEMBERED or self._known_bytes > _REMEMBERED_BYTES:
             known.clear()
-        return fields
+            self._known_bytes = 0
 
 
 @dataclass(slots=True)

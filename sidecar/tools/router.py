@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from sidecar.errors import CallerError, Reason
 from sidecar.model.tool import Authority, Route, Tool
 
-_MEMO = 4096
-"""Routes remembered; paths come from the agent, so the memo is emptied when full."""
+_MEMO, _MEMO_TARGET = 4096, 1024
+"""Routes remembered, and the longest target of one; they come from the agent, so the memo is emptied when full."""
 _PLAIN = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,=:@/%]*")
 _ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _AMBIGUOUS = re.compile(rb"(?i)%(?:2f|5c|2e|00|25|3b|0[0-9a-f]|1[0-9a-f]|7f)|//|/\.{1,2}(?:/|$)")
@@ -58,7 +58,8 @@ class Router:
             route = Route(tool, canonical_path(target, tool.allow_semicolons), target)
             if len(self._memo) >= _MEMO:
                 self._memo.clear()
-            self._memo[key] = route
+            if len(target) <= _MEMO_TARGET:
+                self._memo[key] = route
         return route
 
 
