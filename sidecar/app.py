@@ -183,8 +183,9 @@ class App:
         if closing:
             await asyncio.wait(closing)
         left = await self.broker.drain(self.settings.credentials.revoke_deadline)
-        for lease in self._unrevoked():
-            self.log.error("not_revoked", **lease)
+        for issuer, tokens in self.broker.revoker.waiting.items():
+            because = self.broker.revoker.failing.get(issuer, "no answer in time")
+            self.log.error("not_revoked", issuer=issuer, because=because, left_to_expire=tokens)
         for socket in self._sockets:
             await socket.stop(0.5)
         self.listeners.aclose()
@@ -205,12 +206,6 @@ class App:
         deadline = self.clock.monotonic() + seconds
         while any(c.flow is not None for c in self.listeners.connections) and self.clock.monotonic() < deadline:
             await self.clock.sleep(0.05)
-
-    def _unrevoked(self) -> list[dict[str, Any]]:
-        return [
-            {"issuer": issuer, "because": because, "left_to_expire": self.broker.revoker.backlog}
-            for issuer, because in self.broker.revoker.failing.items()
-        ]
 
     # -- reload -------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,12 @@ OnFailure = Callable[[str, BaseException], None]
 """Called with the task's name and its exception; must not raise."""
 
 
+def told_to_end() -> bool:
+    """Whether the present task was cancelled. A CancelledError without that is somebody else's: what was awaited has ended."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class Background:
     """Owns tasks. `aclose()` cancels what still runs and waits for it; the owner calls it once."""
 

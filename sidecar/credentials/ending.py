@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Iterable
+from typing import TypeVar
 
 from sidecar.clock import Clock
 from sidecar.credentials.config import CredentialsConfig
@@ -17,6 +18,8 @@ from sidecar.credentials.revoker import Revoker, worst
 from sidecar.machine import step
 from sidecar.model.lease import LEASE_TABLE, IssuerOutcome, LeaseEnd, LeaseEvent, TokenCheck
 from sidecar.tasks import Background
+
+T = TypeVar("T")
 
 _KEPT = 1000
 """Ended leases kept for one workflow's report; the audit log has all of them."""
@@ -52,9 +55,8 @@ class Endings:
         """How each of these ended, or that it has not yet at the deadline."""
         await self._wait([h.ending for h in helds if h.ending is not None], self._config.revoke_deadline)
         return [
-            held.ending.result()
-            if held.ending is not None and held.ending.done()
-            else self._facts(held, IssuerOutcome.FAILED, "not revoked yet; it is tried until the token expires")
+            _result(held.ending)
+            or self._facts(held, IssuerOutcome.FAILED, "not revoked yet; it is tried until the token expires")
             for held in helds
         ]
 
@@ -81,7 +83,7 @@ class Endings:
         self.revoke_doomed(held)
         if held.revoking:
             await asyncio.wait(held.revoking)
-        outcomes = [task.result().outcome for task in held.revoking]
+        outcomes = [ended.outcome if (ended := _result(task)) else IssuerOutcome.FAILED for task in held.revoking]
         if held.lost_answer:
             outcomes.append(IssuerOutcome.MINT_UNKNOWN)
         outcome = worst(outcomes)
@@ -98,7 +100,7 @@ class Endings:
             left = max(left, held.tool.max_ttl)
         if outcome is IssuerOutcome.NOT_ISSUED or (dead and held.tool.token_check is TokenCheck.INTROSPECTION):
             left = 0.0
-        at = max((task.result().at for task in held.revoking if task.done()), default=None)
+        at = max((ended.at for task in held.revoking if (ended := _result(task))), default=None)
         key = held.lease.key
         return LeaseEnd(
             lease=held.lease.id, workflow=key.workflow, agent=key.agent, tool=key.tool, at_issuer=outcome,
@@ -118,3 +120,10 @@ class Endings:
                 pending = {task for task in pending if not task.done()}
         finally:
             deadline.cancel()
+
+
+def _result(task: "asyncio.Task[T] | None") -> T | None:
+    """What a task returned; None while it runs, and when it failed: whoever owns it logs that."""
+    if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+        return None
+    return task.result()

@@ -9,6 +9,8 @@ from sidecar.credentials.held import Held
 from sidecar.errors import AnswerLost, IssuerError, Reason, SpanlockError
 from sidecar.model.lease import Credential, RevocationRecord
 from sidecar.ports import Exchanger
+from sidecar.tasks import told_to_end
+from sidecar.telemetry.logging import logger
 
 SKEW = 2.0
 """Seconds before expiry at which a credential is no longer used: it must still be good when it arrives."""
@@ -23,6 +25,7 @@ class Mint:
         self._deadline = deadline
         self._issuers: dict[str, tuple[bool, float, str]] = {}
         """Issuer to (ok, since in wall seconds, last error)."""
+        self._log = logger("mint")
 
     async def credential(self, held: Held, ttl: float) -> tuple[Credential, bytes]:
         """A new credential for `held` and its header's full value. Raises `SpanlockError`; what had been minted by then
@@ -51,6 +54,14 @@ class Mint:
         except IssuerError as refused:
             self._note(issuer, refused)
             raise
+        except SpanlockError:
+            raise
+        except (Exception, asyncio.CancelledError) as bug:
+            if told_to_end():
+                raise
+            # Nobody knows how far it came: it is refused like any other, so that the next call tries anew.
+            self._log.error("exchange_failed", issuer=issuer, exc_info=bug)
+            raise AnswerLost(Reason.INTERNAL, f"issuer {issuer}: a bug in the exchange; the log has it") from None
         self._note(issuer, None)
         return credential
 
@@ -69,7 +80,13 @@ class Mint:
                 "since": since,
                 "last_error": error or failing.get(issuer, ""),
                 "next_try": None,
-                "effect": "" if ok else "calls that need a new credential fail; active leases serve until they expire",
+                "effect": _effect(ok, issuer in failing),
             }
             for issuer, (ok, since, error) in self._issuers.items()
         ]
+
+
+def _effect(issues: bool, revokes_not: bool) -> str:
+    if not issues:
+        return "calls that need a new credential fail; active leases serve until they expire"
+    return "dropped credentials live on at the issuer; they are revoked until they expire" if revokes_not else ""

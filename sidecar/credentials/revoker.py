@@ -6,15 +6,17 @@ answers `active: false` to whoever asks proves nothing. A failed revocation is t
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sidecar.backoff import delays
 from sidecar.clock import Clock
-from sidecar.errors import SpanlockError
+from sidecar.errors import Reason, SpanlockError
 from sidecar.model.lease import IssuerOutcome, RevocationRecord
 from sidecar.model.tool import Tool
 from sidecar.ports import Exchanger
+from sidecar.tasks import told_to_end
 from sidecar.telemetry.logging import logger
 
 _LOOK_SECONDS = 1.0
@@ -36,7 +38,6 @@ _BADNESS = (
 class Ended:
     """What became of one token."""
 
-    record: RevocationRecord
     outcome: IssuerOutcome
     at: float
     """Monotonic seconds at which the issuer had taken it back; before the look-up after."""
@@ -59,59 +60,89 @@ class Revoker:
         self._log = logger("revoker")
         self.failing: dict[str, str] = {}
         """Issuer to the last reason why it does not revoke; empty when all do."""
-        self.backlog = 0
+        self.waiting: Counter[str] = Counter()
+        """Issuer to how many tokens are still to be revoked there."""
+
+    @property
+    def backlog(self) -> int:
         """Tokens that are still to be revoked."""
+        return self.waiting.total()
 
     async def end(self, record: RevocationRecord, tool: Tool) -> Ended:
         """Revokes one token; returns at the final outcome, which may be its own expiry. Never raises an issuer's error."""
         if not record.revocable:
-            return Ended(record, IssuerOutcome.LOCAL_ONLY, self._clock.monotonic())
-        self.backlog += 1
+            return Ended(IssuerOutcome.LOCAL_ONLY, self._clock.monotonic())
+        issuer = record.issuer
+        self.waiting[issuer] += 1
         try:
             return await self._end(record, tool)
         finally:
-            self.backlog -= 1
+            self.waiting[issuer] -= 1
+            if not self.waiting[issuer]:
+                del self.waiting[issuer]
+                self.failing.pop(issuer, None)  # what it did not revoke has expired
 
     async def _end(self, record: RevocationRecord, tool: Tool) -> Ended:
         gate = self._gates.setdefault(record.issuer, asyncio.Semaphore(self._parallel))
         before: bool | None = None
         for number, wait in enumerate(delays(_FIRST, _CAP, self._rng)):
             if record.expires_at <= self._clock.now():
-                return Ended(record, IssuerOutcome.EXPIRED, self._clock.monotonic())
+                return Ended(IssuerOutcome.EXPIRED, self._clock.monotonic())
             async with gate:
                 exchanger = self.exchangers[record.issuer]  # a reload may have mended it
                 if number == 0:
                     before = await self._look(exchanger, record, tool)
-                outcome = await self._try(exchanger, record)
-                if outcome is not None:
-                    at = self._clock.monotonic()
-                    after = await self._look(exchanger, record, tool) if outcome is IssuerOutcome.ACKNOWLEDGED else None
-                    if after is not True:
-                        return Ended(record, _proved(outcome, before, after), at)
-                    self.failing[record.issuer] = "a revoked token is still active"
+                ended = await self._try(exchanger, record, tool, before)
+            if ended is not None:
+                return ended
             await self._clock.sleep(min(wait, max(record.expires_at - self._clock.now(), 0.0)))
         raise AssertionError("delays never end")
 
-    async def _try(self, exchanger: Exchanger, record: RevocationRecord) -> IssuerOutcome | None:
+    async def _try(
+        self, exchanger: Exchanger, record: RevocationRecord, tool: Tool, before: bool | None
+    ) -> Ended | None:
+        """One try, and the look-up after it. None: it is not revoked."""
         try:
             outcome = await exchanger.revoke(record)
-        except SpanlockError as error:
-            if record.issuer not in self.failing:
-                self._log.warning(
-                    "revocation_failed", issuer=record.issuer, reason=str(error.reason), detail=error.detail
-                )
-            self.failing[record.issuer] = str(error.reason)
+        except (Exception, asyncio.CancelledError) as error:
+            # Whatever it is, a bug of ours too: the token is still out there and is tried again.
+            if told_to_end():
+                raise
+            self._failed(record.issuer, error)
+            return None
+        at = self._clock.monotonic()
+        after = await self._look(exchanger, record, tool) if outcome is IssuerOutcome.ACKNOWLEDGED else None
+        if after is True:
+            self._note(record.issuer, "a revoked token is still active")
             return None
         if self.failing.pop(record.issuer, None) is not None:
             self._log.info("revocation_recovered", issuer=record.issuer)
-        return outcome
+        return Ended(_proved(outcome, before, after), at)
+
+    def _failed(self, issuer: str, error: BaseException) -> None:
+        if isinstance(error, SpanlockError):
+            self._note(issuer, str(error.reason), error.detail)
+        else:
+            self._note(issuer, str(Reason.INTERNAL), "a bug in the revocation", error)
+
+    def _note(self, issuer: str, why: str, detail: str = "", bug: BaseException | None = None) -> None:
+        """Logs the first failure of a row of them."""
+        if issuer not in self.failing:
+            more = {"exc_info": bug} if bug is not None else {}
+            self._log.warning("revocation_failed", issuer=issuer, reason=why, detail=detail, **more)
+        self.failing[issuer] = why
 
     async def _look(self, exchanger: Exchanger, record: RevocationRecord, tool: Tool) -> bool | None:
-        """The look-up; None when it cannot be had in time."""
+        """The look-up; None when it cannot be had, or not in time."""
         try:
             async with asyncio.timeout(_LOOK_SECONDS):
                 return await exchanger.introspect(record, tool)
         except (SpanlockError, TimeoutError):
+            return None
+        except (Exception, asyncio.CancelledError) as bug:
+            if told_to_end():
+                raise
+            self._log.error("introspection_failed", issuer=record.issuer, exc_info=bug)
             return None
 
 

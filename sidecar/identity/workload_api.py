@@ -4,6 +4,7 @@ The `spiffe` package's own client is threaded, raises when the socket file is no
 end of stream; its types, parsers and generated code are used (SPIFFE_Workload_API.md, SPIFFE_Workload_Endpoint.md).
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from spiffe.errors import PySpiffeError
 
 from sidecar.errors import IdentityError, Reason
 from sidecar.secret import Secret
+from sidecar.tasks import told_to_end
 
 _SECURITY_HEADER = (("workload.spiffe.io", "true"),)
 _MAX_MESSAGE = 16 * 1024 * 1024
@@ -76,6 +78,11 @@ class WorkloadApi:
             answer = await self._stub().FetchJWTSVID(request, metadata=_SECURITY_HEADER, timeout=_JWT_TIMEOUT)
         except grpc.aio.AioRpcError as error:
             raise _identity_error(error) from None
+        except asyncio.CancelledError:
+            if told_to_end():
+                raise
+            # `reopen` closed the channel under this call: the stream beside it had ended.
+            raise IdentityError(Reason.SPIRE_UNAVAILABLE, "the connection to the SPIFFE Workload API ended") from None
         for svid in answer.svids:
             if svid.spiffe_id == spiffe_id:
                 return Secret(svid.svid)

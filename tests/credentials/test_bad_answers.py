@@ -39,6 +39,9 @@ BAD: dict[str, tuple[Any, str]] = {
     "redirect": (lambda a: web.Response(status=302, headers={"location": "https://evil.test/"}), "issuer_malformed"),
     "ten_megabytes": (lambda a: web.Response(body=b" " * (10 << 20)), "issuer_malformed"),
     "server_error": (lambda a: web.Response(status=500), "issuer_unavailable"),
+    "error_code_no_text": (lambda a: web.json_response({"error": ["invalid_target"]}, status=400), "issuer_refused"),
+    "gateway_timeout": (lambda a: web.Response(status=504), "issuer_unavailable"),
+    "busy": (lambda a: web.Response(status=503), "issuer_unavailable"),
     "refused": (lambda a: web.json_response({"error": "invalid_target"}, status=400), "issuer_refused"),
 }
 
@@ -64,7 +67,7 @@ async def test_a_bad_answer_has_its_reason_and_costs_no_call(name: str) -> None:
     [
         ("wrong_token_type", "confirmed"), ("wrong_issued_type", "confirmed"), ("expires_negative", "confirmed"),
         ("expires_huge", "confirmed"), ("expires_text", "confirmed"), ("not_json", "mint_unknown"), ("a_list", "mint_unknown"),
-        ("no_access_token", "mint_unknown"), ("ten_megabytes", "mint_unknown"),
+        ("no_access_token", "mint_unknown"), ("ten_megabytes", "mint_unknown"), ("gateway_timeout", "mint_unknown"),
     ],
 )  # fmt: skip
 async def test_what_a_bad_answer_minted_is_taken_back_or_said_to_be_out_there(name: str, outcome: str) -> None:
@@ -73,7 +76,7 @@ async def test_what_a_bad_answer_minted_is_taken_back_or_said_to_be_out_there(na
         workflow = await opened(stage, listener=True)
         async with client(stage, workflow.proxy_url) as agent:
             stage.issuer.tamper = BAD[name][0]
-            assert (await agent.get(url(stage.search))).headers["x-spanlock-reason"] == "issuer_malformed"
+            assert (await agent.get(url(stage.search))).headers["x-spanlock-reason"] == BAD[name][1]
         report = await closed(stage, workflow.workflow.id)
         assert [end.at_issuer for end in report.leases] == [outcome]
         assert len(stage.issuer.revoked) == (1 if outcome == "confirmed" else 0)
@@ -105,6 +108,25 @@ async def test_metadata_that_leads_elsewhere_is_not_followed(metadata: Any, reas
                 answer = await agent.get(url(stage.search))
             assert answer.headers["x-spanlock-reason"] == reason and says in answer.text, answer.text
             assert stage.issuer.minted == 0
+
+
+@pytest.mark.parametrize("where", ["metadata", "busy"])
+async def test_where_nothing_can_have_been_minted_nothing_is_said_to_be_out_there(where: str) -> None:
+    async def broken(_: DemoTokenService, request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "metadata":
+            patch.setattr(DemoTokenService, "_metadata", broken)
+        async with ready_stage(subject="svid") as stage:
+            stage.issuer.tamper = BAD["busy"][0]
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                answer = await agent.get(url(stage.search))
+            assert answer.headers["x-spanlock-reason"] == "issuer_unavailable"
+            assert not (await closed(stage, workflow.workflow.id)).leases
 
 
 async def test_explicit_endpoints_need_no_metadata_and_a_client_id_is_sent() -> None:

@@ -17,6 +17,7 @@ from sidecar.model.tool import Authority, Tool
 from sidecar.model.workflow import CloseReason, Workflow, WorkflowState
 from sidecar.secret import Secret
 from sidecar.tasks import Background
+from sidecar.telemetry.logging import configure
 from tests.fakes.clock import FakeClock
 
 TOOL = Tool(
@@ -46,7 +47,7 @@ class World:
         self.events: list[LeaseRecord] = []
         self.dropped: list[str] = []
         self.gate: asyncio.Event | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.second_step: Exception | None = None
         """Raised after a first token was minted."""
         self.identity = True
@@ -54,7 +55,7 @@ class World:
         self.life = 100.0
         self.minted: list[str] = []
         self.alive: set[str] = set()
-        self.revoke_error: Exception | None = None
+        self.revoke_error: BaseException | None = None
         self.can_look = True
         self.broker = Broker(
             clock=self.clock, rng=random.Random(1), svids=self, exchangers={"i": self}, decider=self,
@@ -395,3 +396,65 @@ async def test_whatever_goes_wrong_in_the_telling_every_lease_is_dropped_and_rev
         world.close()
     await spin()
     assert not world.broker.leases() and not world.alive
+
+
+@pytest.mark.parametrize("bug", [TypeError("unhashable"), asyncio.CancelledError()], ids=["exception", "cancellation"])
+async def test_a_bug_in_an_exchange_is_a_refusal_and_the_next_call_tries_anew(bug: BaseException) -> None:
+    """A lease that stays pending with nobody at work on it would refuse every later call of its workflow."""
+    world = World()
+    world.error = bug
+    with pytest.raises(IssuerError) as caught:
+        await world.lease()
+    assert caught.value.reason is Reason.INTERNAL
+    world.error = None
+    lease = await world.lease()
+    assert world.broker.use(lease, world.workflow)
+    report = await world.close()
+    assert sorted(str(end.at_issuer) for end in report.ends) == ["confirmed", "mint_unknown"]
+
+
+@pytest.mark.parametrize("bug", [TypeError("unhashable"), asyncio.CancelledError()], ids=["exception", "cancellation"])
+async def test_a_bug_in_a_revocation_is_reported_and_tried_again(bug: BaseException) -> None:
+    world = World(revoke_deadline=5.0)
+    await world.lease()
+    world.revoke_error = bug
+    closing = world.close()
+    await world.clock.advance(5.0, sleepers=2)
+    report = await closing
+    assert [end.at_issuer for end in report.ends] == [IssuerOutcome.FAILED]
+    assert world.broker.revoker.waiting == {"i": 1} and world.alive
+    world.revoke_error = None
+    await world.clock.advance(60.0)
+    assert not world.alive and not world.broker.revoker.waiting and not world.broker.revoker.failing
+
+
+async def test_an_issuer_whose_tokens_have_all_expired_is_not_said_to_fail_any_more() -> None:
+    world = World(revoke_deadline=5.0)
+    await world.lease()
+    world.revoke_error = IssuerError(Reason.ISSUER_UNAVAILABLE, "down")
+    world.close()
+    await spin()
+    assert world.broker.revoker.failing == {"i": "issuer_unavailable"}
+    assert [row["effect"] for row in world.broker.health()] == [
+        "dropped credentials live on at the issuer; they are revoked until they expire"
+    ]
+    await world.clock.advance(200.0)
+    assert not world.broker.revoker.failing and all(row["ok"] for row in world.broker.health())
+
+
+async def test_a_token_that_stays_active_after_its_revocation_is_no_recovery(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure("info", "console")  # to what stands for standard error here
+    world = World(revoke_deadline=5.0)
+    await world.lease()
+
+    async def still_there(record: RevocationRecord) -> IssuerOutcome:
+        return IssuerOutcome.ACKNOWLEDGED
+
+    world.revoke = still_there  # type: ignore[method-assign]
+    world.close()
+    for _ in range(5):
+        await world.clock.advance(10.0)
+    logged = capsys.readouterr().err
+    assert logged.count("revocation_failed") == 1 and "recovered" not in logged

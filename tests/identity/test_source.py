@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,4 +170,27 @@ async def test_a_reload_gives_each_agent_its_own_identity_at_once(tmp_path: Path
         svids.replace_agents([Agent("a", other)])
         svids.require_identity("a")
         assert await svids.jwt_svid("a", "aud") != before
+    await spire.stop()
+
+
+async def test_a_stream_that_ends_during_a_fetch_costs_that_fetch_a_reason(tmp_path: Path) -> None:
+    """The channel is reopened under it, which gRPC tells as a cancellation: nobody here was cancelled."""
+
+    class Slow(DemoSpire):
+        asked = asyncio.Event()
+
+        async def FetchJWTSVID(self, request: Any, context: Any) -> Any:
+            self.asked.set()
+            await asyncio.Event().wait()
+
+    spire = Slow([ID])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock") as (svids, _):
+        assert await svids.wait_ready(15)
+        fetch = asyncio.ensure_future(svids.jwt_svid("a", "aud"))
+        await spire.asked.wait()
+        await spire.end_streams()
+        with pytest.raises(IdentityError) as caught:
+            await asyncio.wait_for(fetch, 10)
+        assert caught.value.reason is Reason.SPIRE_UNAVAILABLE
     await spire.stop()

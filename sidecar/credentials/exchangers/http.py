@@ -57,11 +57,14 @@ class IssuerHttp:
         return AnswerLost(Reason.ISSUER_UNAVAILABLE, f"issuer {self._name}: {what}")
 
     async def get(self, url: str) -> Answer:
-        """Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
-        return await self._request("GET", url, None, None)
+        """Raises `IssuerError` (issuer_unavailable, issuer_malformed). Nothing is lost with the answer: a GET mints nothing."""
+        try:
+            return await self._request("GET", url, None, None)
+        except AnswerLost as error:
+            raise IssuerError(error.reason, error.detail) from None
 
     async def post(self, url: str, form: dict[str, str], basic: tuple[str, Secret] | None = None) -> Answer:
-        """Posts a form. Raises `IssuerError` (issuer_unavailable, issuer_malformed)."""
+        """Posts a form. Raises `IssuerError` (issuer_unavailable, issuer_malformed), of it `AnswerLost` once it was sent."""
         return await self._request("POST", url, form, basic)
 
     async def _request(

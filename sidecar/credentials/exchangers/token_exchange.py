@@ -204,9 +204,12 @@ def _raise_for(issuer: str, answer: Answer) -> None:
     if answer.status == 200:
         return
     if answer.status >= 500 or answer.status == 429:
-        raise IssuerError(Reason.ISSUER_UNAVAILABLE, f"issuer {issuer} answered {answer.status}")
+        what = f"issuer {issuer} answered {answer.status}"
+        # Only these two say that nothing was done; a gateway's 504 may have a token behind it.
+        refused = IssuerError if answer.status in (429, 503) else AnswerLost
+        raise refused(Reason.ISSUER_UNAVAILABLE, what)
     code = (answer.json or {}).get("error")
-    known = code if code in _ERRORS else "no registered error code"
+    known = code if isinstance(code, str) and code in _ERRORS else "no registered error code"
     raise IssuerError(Reason.ISSUER_REFUSED, f"issuer {issuer} answered {answer.status}: {known}")
 
 
