@@ -5,6 +5,7 @@ end, close every workflow, revoke every lease, say what could not be revoked, cl
 """
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -175,7 +176,7 @@ class App:
         self.log.info("started", version=__version__, listeners=self.addresses, run_dir=str(run_dir))
 
     async def stop(self) -> int:
-        """Drains and revokes; returns how many credentials could not be revoked."""
+        """Drains and revokes; returns how many leases could not be revoked, each named in the log and the audit."""
         self.plane.draining = True
         self.listeners.stop_accepting()
         await self._let_flows_end(self.settings.limits.drain_seconds)
@@ -183,9 +184,12 @@ class App:
         if closing:
             await asyncio.wait(closing)
         left = await self.broker.drain(self.settings.credentials.revoke_deadline)
-        for issuer, tokens in self.broker.revoker.waiting.items():
-            because = self.broker.revoker.failing.get(issuer, "no answer in time")
-            self.log.error("not_revoked", issuer=issuer, because=because, left_to_expire=tokens)
+        for end in left:
+            because = self.broker.revoker.failing.get(end.issuer, "no answer in time")
+            self.log.error(
+                "not_revoked", lease=end.lease, workflow=end.workflow, tool=end.tool, issuer=end.issuer, because=because,
+                residual_seconds=math.ceil(end.residual_seconds),
+            )  # fmt: skip
         for socket in self._sockets:
             await socket.stop(0.5)
         self.listeners.aclose()
@@ -199,8 +203,8 @@ class App:
         await self.svids.aclose()
         self.audit.close()
         self.roll.close()
-        self.log.info("stopped", not_revoked=left)
-        return left
+        self.log.info("stopped", not_revoked=len(left))
+        return len(left)
 
     async def _let_flows_end(self, seconds: float) -> None:
         deadline = self.clock.monotonic() + seconds
@@ -230,7 +234,9 @@ class App:
         self._refuse_changed(agents)
         restart = self._needs_restart(settings)
         dismissed = set(self.callers.agents) - set(agents)
-        gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
+        gone = [
+            tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool or tool.issuer in exchangers
+        ]
         self.decider.replace(policy, agents, tools)
         self.broker.replace(exchangers)
         self._exchangers += exchangers.values()
@@ -242,7 +248,7 @@ class App:
         for name in dismissed:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:
-            self.background.spawn(self.broker.withdraw(tool=tool.name, reissue=True), f"withdraw {tool.name}")
+            self.background.spawn(self.broker.withdraw(tool=tool.name), f"withdraw {tool.name}")
         self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
         return admin_pb2.ReloadResponse(applied=True, needs_restart=restart, policy_epoch=self.decider.epoch)
 
@@ -252,7 +258,9 @@ class App:
 
     def _refuse_changed(self, agents: dict[str, Agent]) -> None:
         """A uid or an identity that changed under open workflows, sockets and cached SVIDs is nobody's clear intention."""
-        changed = sorted(name for name, agent in self.callers.agents.items() if agents.get(name, agent) != agent)
+        # One that a reload has removed has its socket still: its name goes to nobody else.
+        known = {agent.name: agent for agent in (a.build() for a in self._started_with.agents)} | self.callers.agents
+        changed = sorted(name for name, agent in known.items() if agents.get(name, agent) != agent)
         if changed:
             raise ConfigError(
                 Reason.CONFIG_INVALID,

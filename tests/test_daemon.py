@@ -142,7 +142,8 @@ async def test_sigterm_with_the_issuer_down_names_what_was_not_revoked_and_exits
         status, log = await running.ended(signal.SIGTERM)
     assert status == 1
     (line,) = [json.loads(line) for line in log.splitlines() if '"not_revoked"' in line and '"issuer"' in line]
-    assert (line["issuer"], line["because"], line["left_to_expire"]) == ("demo-issuer", "issuer_unavailable", 2)
+    assert (line["issuer"], line["tool"], line["because"]) == ("demo-issuer", "search", "issuer_unavailable")
+    assert line["lease"].startswith("ls_") and 0 < line["residual_seconds"] <= 300
 
 
 async def test_a_crash_closes_every_workflow_and_the_next_start_says_so(servers: Servers) -> None:

@@ -13,7 +13,11 @@ def command(
     agent: str = typer.Option("", "--agent", help="Of this agent."),
     tool: str = typer.Option("", "--tool", help="For this tool."),
     everything: bool = typer.Option(False, "--all", help="Every lease there is."),
-    reissue: bool = typer.Option(False, "--reissue", help="The next use gets a new credential; without it, none."),
+    reissue: bool = typer.Option(
+        False,
+        "--reissue",
+        help="The next use gets a new credential; without it, the workflows that are open now get none.",
+    ),
     socket: str = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:

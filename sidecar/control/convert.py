@@ -75,7 +75,7 @@ def lease(noun: Lease) -> admin_pb2.Lease:
         audience=noun.key.audience or "",
         scopes=noun.key.scopes,
         state=noun.state.value,
-        expires_at=timestamp(noun.credential.expires_at) if noun.credential is not None else None,
+        expires_at=timestamp(noun.ends_at) if noun.credential is not None else None,
         uses=noun.uses,
         epoch=noun.epoch,
     )

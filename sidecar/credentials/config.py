@@ -73,7 +73,8 @@ class CredentialsConfig(BaseModel):
     """Lives and limits of leases. Seconds."""
 
     model_config = _STRICT
-    max_leases: int = Field(default=50_000, ge=1)
+    max_leases: int = Field(default=50_000, ge=1, description="Live leases altogether.")
+    max_leases_per_agent: int = Field(default=10_000, ge=1)
     exchange_deadline: float = Field(default=15.0, gt=0, description="For one exchange with all its steps and retries.")
     revoke_deadline: float = Field(
         default=5.0, gt=0, description="A close waits this long for issuers; then it reports."

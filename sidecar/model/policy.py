@@ -39,4 +39,8 @@ class Permit:
     """Seconds a credential may live at most; `inf` when no obligation says."""
     policy_ids: tuple[str, ...]
     epoch: int
-    """The policy's epoch when this was decided; a reload raises it and makes older permits worthless."""
+    """The policy's epoch when this was decided; a reload raises it, and what was decided before is asked again."""
+
+    def same(self, other: "Permit") -> bool:
+        """Whether both allow the same, whatever policies say so."""
+        return self.scopes == other.scopes and self.ttl == other.ttl

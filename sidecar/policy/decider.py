@@ -64,7 +64,7 @@ class Decider:
         try:
             return self._ask(question, {"method": method, "path": path}, tool.scopes)
         except Denied as denied:
-            return denied
+            return denied.with_traceback(None)  # it would keep the frames, and all that they hold
 
     def decide_open(self, agent: str, name: str) -> Permit:
         """May `agent` open a workflow of this name? Raises `Denied`."""

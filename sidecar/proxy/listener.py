@@ -40,13 +40,17 @@ class Listeners:
     async def open_for(self, workflow: Workflow) -> str:
         """A listener of the workflow's own on an ephemeral port. Returns its proxy URL; `close_for` ends it.
 
-        Raises `CallerError` (too_many_workflows) when the machine has no port or file left for it.
+        Raises `CallerError`: too_many_workflows when the machine has no port or file left for it, workflow_closed.
         """
         try:
-            return "http://" + await self._listen(workflow.id, "explicit", "127.0.0.1", 0, workflow.id)
+            address = await self._listen(workflow.id, "explicit", "127.0.0.1", 0, workflow.id)
         except OSError as error:
             what = f"no listener for the workflow: {error.strerror}; raise the limit of open files"
             raise CallerError(Reason.TOO_MANY_WORKFLOWS, what) from None
+        if not workflow.is_open:  # it closed meanwhile, and found no listener to end
+            self.close_for(workflow.id)
+            raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow was closed while it opened")
+        return "http://" + address
 
     async def _listen(self, name: str, mode: Mode, host: str, port: int, workflow: str | None) -> str:
         loop = asyncio.get_running_loop()

@@ -251,18 +251,19 @@ class Registry:
         workflow.state = step(WORKFLOW_TABLE, workflow.state, WorkflowEvent.SETTLED)
         self._closing.pop(workflow.id, None)
         self._ending.pop(workflow.id, None)
+        self._remember(workflow, report)
+        return report
+
+    def _remember(self, workflow: Workflow, report: CloseReport) -> None:
         self._closed[workflow.id] = (workflow, report)
         while len(self._closed) > _KEPT:
             self._closed.popitem(last=False)
         self._changed(workflow, report)
-        return report
 
     def restarted(self, left: list[Workflow]) -> None:
         """Takes note of the workflows that the last sidecar left open: closed, remembered, and told to `on_change`."""
-        for workflow in left[-_KEPT:]:
-            report = CloseReport(workflow.id, workflow.agent, str(workflow.close_reason))
-            self._closed[workflow.id] = (workflow, report)
-            self._changed(workflow, report)
+        for workflow in left:
+            self._remember(workflow, CloseReport(workflow.id, workflow.agent, str(workflow.close_reason)))
 
     async def _remembered(self, workflow: Workflow) -> CloseReport:
         _, report = self._closed.get(workflow.id, (workflow, None))
