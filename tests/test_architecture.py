@@ -37,6 +37,11 @@ def test_one_file_reads_heads() -> None:
     assert written_in(r"HTTP/1\\.\(\[01\]\)") == {"proxy/http1.py"}
 
 
+def test_what_every_section_is_made_of_stands_once() -> None:
+    assert written_in(r"extra=\"forbid\"") == {"section.py"}
+    assert written_in(r"\[a-z0-9\]\[a-z0-9-\]\{0,62\}") == {"section.py"}
+
+
 @pytest.mark.parametrize("table", [EXPLANATIONS, http_rescue.STATUS, grpc_rescue.CODE])
 def test_every_reason_has_its_row(table: dict[Reason, object]) -> None:
     assert set(table) == set(Reason)

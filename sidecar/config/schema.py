@@ -4,23 +4,23 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from sidecar.audit.config import AuditConfig
 from sidecar.credentials.config import CredentialsConfig, IssuerConfig
 from sidecar.identity.config import AgentConfig, SpiffeConfig
 from sidecar.policy.config import PolicyConfig
 from sidecar.proxy.config import LimitsConfig, ListenersConfig
+from sidecar.section import Section
 from sidecar.telemetry.config import TelemetryConfig
 from sidecar.tools.config import ToolConfig
 from sidecar.triggers.config import OtlpConfig
 from sidecar.workflows.config import WorkflowsConfig
 
 
-class Settings(BaseModel):
+class Settings(Section):
     """Everything that an operator may say. Unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     spiffe: SpiffeConfig = SpiffeConfig()
     agents: tuple[AgentConfig, ...] = Field(min_length=1, description="The AI agents beside this sidecar.")
     issuers: tuple[IssuerConfig, ...] = Field(default=(), description="Who mints credentials.")
