@@ -18,7 +18,7 @@ This page is the architecture. Imports point down the list; packages on one line
     site.py         a small bounded HTTP server, for probes and spans
     telemetry/      every metric and log field name; redaction; the sidecar's own spans
     model/          nouns and state tables: data without I/O
-    clock.py errors.py secret.py tasks.py backoff.py machine.py section.py
+    clock.py errors.py secret.py tasks.py backoff.py machine.py section.py address.py
     wire/           generated protobuf code, never edited
     client/         what an agent imports: workflow(), the OpenTelemetry SpanProcessor; stands apart
     demo/           an embedded Workload API, token service and tools: real protocols; stands apart

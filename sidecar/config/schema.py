@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 
+from sidecar.address import HostPort
 from sidecar.audit.config import AuditConfig
 from sidecar.credentials.config import CredentialsConfig, IssuerConfig
 from sidecar.identity.config import AgentConfig, SpiffeConfig
@@ -30,7 +31,7 @@ class Settings(Section):
     credentials: CredentialsConfig = CredentialsConfig()
     listeners: ListenersConfig = ListenersConfig()
     otlp: OtlpConfig = OtlpConfig()
-    health: str | None = Field(default="0.0.0.0:17091", description="/healthz, /readyz, /metrics; null: off.")  # noqa: S104
+    health: HostPort | None = Field(default="0.0.0.0:17091", description="/healthz, /readyz, /metrics; null: off.")  # noqa: S104
     limits: LimitsConfig = LimitsConfig()
     audit: AuditConfig = AuditConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -2,16 +2,19 @@
 
 from pydantic import Field
 
+from sidecar.address import LoopbackHostPort
 from sidecar.section import Section
 
 
 class ListenersConfig(Section):
     """Addresses as "host:port"; null switches a listener off. Both must be loopback: the caller is known by its uid."""
 
-    explicit: str | None = Field(
+    explicit: LoopbackHostPort | None = Field(
         default="127.0.0.1:17001", description="Explicit HTTP proxy (HTTP_PROXY, HTTPS_PROXY)."
     )
-    reverse: str | None = Field(default="127.0.0.1:17002", description="Base URLs: http://HOST:PORT/<tool>/…")
+    reverse: LoopbackHostPort | None = Field(
+        default="127.0.0.1:17002", description="Base URLs: http://HOST:PORT/<tool>/…"
+    )
 
 
 class LimitsConfig(Section):
