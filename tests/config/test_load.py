@@ -55,6 +55,27 @@ def test_each_problem_names_its_key(change: tuple[str, str], says: str) -> None:
     assert says in caught.value.detail
 
 
+def test_problems_between_sections_have_a_line_and_a_key_each() -> None:
+    text = """\
+agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}, {name: a, spiffe_id: "spiffe://td/b", uid: 6}]
+issuers: [{name: i, kind: static, secret_env: X}, {name: i, kind: static, secret_env: Y}]
+policy: {files: [p.cedar]}
+tools:
+- {name: t, url: "https://t.test", issuer: i}
+- {name: t, url: "https://u.test", issuer: i}
+- {name: v, url: "https://t.test:443", issuer: "{j}"}
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "spanlock.yaml", Path())
+    assert caught.value.detail.split("\n") == [
+        "agents[1].name: a is there twice",
+        "issuers[1].name: i is there twice",
+        "tools[1].name: t is there twice",
+        "tools[2].url: t.test:443 is there twice",
+        "tools[2].issuer: {j} is not the name of an entry in issuers",
+    ]
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
