@@ -38,7 +38,7 @@ class _Exec(TyperCommand):
 
 
 class _Verbs(TyperGroup):
-    """Each verb is a module of this package with a function of its own name."""
+    """Each verb is a module of this package, and its `command` is what runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_VERBS)
