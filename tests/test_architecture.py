@@ -81,6 +81,17 @@ def _names_at_the_start(line: str) -> list[str]:
     return [word.removesuffix("/").removesuffix(".py") for word in words]
 
 
+def test_what_stands_apart_may_import_nothing_else_of_ours_but_wire() -> None:
+    for contract in LINTED["contracts"]:
+        if contract["type"] == "forbidden":
+            named = {
+                name.removeprefix("sidecar.")
+                for key in ("source_modules", "forbidden_modules")
+                for name in contract[key]
+            }
+            assert named == modules_in(ROOT) - {"wire"}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_names_each_of_its_modules(package: str) -> None:
     said = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text())) or ""
