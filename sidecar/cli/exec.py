@@ -56,7 +56,6 @@ def command(
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
     receipt: str = typer.Option(None, "--receipt", help="Writes how each credential ended to this file, as JSON."),
 ) -> None:
-    """Runs a command inside a workflow of its own; everything it was given dies when it ends."""
     try:
         status = _exec(cmd, config, agent, name, receipt)
     except _Failure as failure:

@@ -13,7 +13,6 @@ def command(
     socket: str = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Live leases: who may use what until when. Never a value."""
     request = pb.LeasesRequest(workflow_id=workflow, agent=agent, tool=tool)
     found = operator.call(socket, lambda stub: stub.Leases(request, timeout=5))
     if as_json:

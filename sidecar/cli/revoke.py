@@ -1,4 +1,4 @@
-"""Drops credentials here at once and revokes them at their issuers."""
+"""Drops credentials here at once and revokes them at their issuers: of a workflow, of an agent, for a tool, or all."""
 
 import sys
 
@@ -17,7 +17,6 @@ def command(
     socket: str = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Drops credentials here at once and revokes them at their issuers."""
     if not (workflow or agent or tool or everything):
         print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
         raise typer.Exit(2)

@@ -11,7 +11,6 @@ def command(
     socket: str = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Open workflows and the last closed ones."""
     found = operator.call(socket, lambda stub: stub.ListWorkflows(pb.ListWorkflowsRequest(agent=agent), timeout=5))
     if as_json:
         print(operator.as_json(found))
