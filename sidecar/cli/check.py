@@ -12,7 +12,7 @@ from sidecar.policy.load import load_policy
 
 
 def command(
-    config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
+    config: str | None = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
     errors: list[str] = []

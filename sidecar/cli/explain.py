@@ -9,7 +9,7 @@ from sidecar.errors import EXPLANATIONS, Reason
 
 
 def command(
-    reason: str = typer.Argument(None, help="As in x-spanlock-reason; without one, all are listed."),
+    reason: str | None = typer.Argument(None, help="As in x-spanlock-reason; without one, all are listed."),
     as_json: bool = typer.Option(False, "--json", help="JSON."),
 ) -> None:
     if reason is not None and reason not in set(Reason):

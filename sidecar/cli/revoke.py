@@ -14,14 +14,14 @@ def command(
     tool: str = typer.Option("", "--tool", help="For this tool."),
     everything: bool = typer.Option(False, "--all", help="Every lease there is."),
     reissue: bool = typer.Option(False, "--reissue", help="The next use gets a new credential; without it, none."),
-    socket: str = operator.SOCKET,
+    socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
     if not (workflow or agent or tool or everything):
         print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
         raise typer.Exit(2)
     request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
-    done = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
+    done: pb.RevokeResponse = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
     if as_json:
         print(operator.as_json(done))
     else:

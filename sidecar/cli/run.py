@@ -22,8 +22,10 @@ _PR_SET_DUMPABLE = 4
 
 
 def command(
-    config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
-    embedded_in: str = typer.Option(None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."),
+    config: str | None = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
+    embedded_in: str | None = typer.Option(
+        None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."
+    ),
 ) -> None:
     try:
         path = find_config(config)
