@@ -55,6 +55,8 @@ from sidecar.wire.spanlock.v1 import admin_pb2
 from sidecar.workflows.registry import Registry
 from sidecar.workflows.roll import Roll
 
+_RELOADED = frozenset(("agents", "issuers", "tools", "policy"))
+"""The sections that a reload takes over; what the file says otherwise in any other waits for a restart."""
 _PAUSE = 1.0
 """Seconds before a loop that failed begins anew."""
 
@@ -156,14 +158,14 @@ class App:
         if self.health is not None:
             await self.health.start()
         doors = Doors(
-            self.registry,
-            self.broker,
-            self.decider,
-            self.listeners.open_for,
-            lambda: self.plane.ca.pem,
-            lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
-            self.svids.problem,
-            self._accepting,
+            registry=self.registry,
+            broker=self.broker,
+            decider=self.decider,
+            open_listener=self.listeners.open_for,
+            ca_pem=lambda: self.plane.ca.pem,
+            otlp_endpoint=lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
+            identity_problem=self.svids.problem,
+            accepting=self._accepting,
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
@@ -269,20 +271,9 @@ class App:
 
     def _needs_restart(self, settings: Settings) -> list[str]:
         """What the file says otherwise than it did at the start, and a reload does not change."""
-        sections = (
-            "spiffe",
-            "listeners",
-            "otlp",
-            "health",
-            "run_dir",
-            "audit",
-            "telemetry",
-            "workflows",
-            "credentials",
-            "limits",
-        )
         started = self._started_with
-        names = [name for name in sections if getattr(settings, name) != getattr(started, name)]
+        fixed = [name for name in Settings.model_fields if name not in _RELOADED]
+        names = [name for name in fixed if getattr(settings, name) != getattr(started, name)]
         if {a.name for a in settings.agents} != {a.name for a in started.agents}:
             names.append("agents (sockets)")
         if _https_hosts(settings) - _https_hosts(started):

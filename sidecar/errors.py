@@ -118,7 +118,7 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "Send one Host, one framing (Content-Length or chunked), no folded headers, CRLF line ends.",
     ),
     Reason.REQUEST_TOO_LARGE: Explanation(
-        "The request's head or its trailers are over the limit.",
+        "The request's head is over the limit.",
         "Send fewer or shorter headers (limit 64 KiB, 128 fields).",
     ),
     Reason.METHOD_REFUSED: Explanation(
@@ -161,7 +161,7 @@ EXPLANATIONS: dict[Reason, Explanation] = {
     ),
     Reason.NO_WORKFLOW: Explanation(
         "The call belongs to no open workflow of this caller.",
-        "Run under `spanlock exec`, use `sidecar.client.workflow()`, or send the workflow's handle or traceparent.",
+        "Run under `spanlock exec`, use `sidecar.client.workflow.workflow()`, or send the workflow's handle or traceparent.",
     ),
     Reason.WORKFLOW_CLOSED: Explanation(
         "The workflow ended; its credentials are dropped.", "Open a new workflow for new work."
@@ -170,13 +170,14 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "No such workflow belongs to this agent.", "Check the id with `spanlock workflows`."
     ),
     Reason.TOO_MANY_WORKFLOWS: Explanation(
-        "The limit of open workflows is reached.", "Close finished workflows, or raise `limits.workflows`."
+        "The limit of open workflows is reached.",
+        "Close finished workflows, or raise `workflows.max_open` or `workflows.max_open_per_agent`.",
     ),
     Reason.TOO_MANY_CONNECTIONS: Explanation(
         "The limit of open connections is reached.", "Close idle connections, or raise `limits.connections`."
     ),
     Reason.TOO_MANY_LEASES: Explanation(
-        "The limit of leases is reached.", "Close finished workflows, or raise `limits.leases`."
+        "The limit of leases is reached.", "Close finished workflows, or raise `credentials.max_leases`."
     ),
     Reason.INVALID_ARGUMENT: Explanation("A field of the call is missing or malformed.", "The detail names the field."),
     Reason.POLICY_DENIED: Explanation(

@@ -1,5 +1,5 @@
-"""The whole story in one command, nothing else installed: an embedded SPIFFE Workload API, token service and two tools on
-real sockets, the real sidecar, and a small agent that calls them. Shows each credential's life, and the proof of its death."""
+"""The whole story in one command: embedded identity, issuer and tools, the real sidecar, and a small agent. Nothing else need
+be installed, and all sockets are real. Shows each credential's life, and the proof of its death."""
 
 import asyncio
 import json
@@ -60,7 +60,6 @@ def command(
     keep: bool = typer.Option(False, "--keep", help="Leaves it running and prints lines to paste."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line; the last has the measurements."),
 ) -> None:
-    """The whole story in one command: embedded identity, issuer and tools, the real sidecar, and a small agent."""
     configure("error", "console")
     raise typer.Exit(uvloop.run(_demo(crash, attack, keep, as_json)))
 

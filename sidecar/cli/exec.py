@@ -51,12 +51,17 @@ class _Failure(Exception):
 
 def command(
     cmd: list[str] = typer.Argument(..., metavar="-- CMD…", help="The command and its arguments."),
-    config: str = typer.Option(None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."),
-    agent: str = typer.Option(None, "--agent", help="Which declared agent the command is. Default: the only one."),
+    config: str | None = typer.Option(
+        None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."
+    ),
+    agent: str | None = typer.Option(
+        None, "--agent", help="Which declared agent the command is. Default: the only one."
+    ),
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
-    receipt: str = typer.Option(None, "--receipt", help="Writes how each credential ended to this file, as JSON."),
+    receipt: str | None = typer.Option(
+        None, "--receipt", help="Writes how each credential ended to this file, as JSON."
+    ),
 ) -> None:
-    """Runs a command inside a workflow of its own; everything it was given dies when it ends."""
     try:
         status = _exec(cmd, config, agent, name, receipt)
     except _Failure as failure:

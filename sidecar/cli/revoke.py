@@ -1,4 +1,4 @@
-"""Drops credentials here at once and revokes them at their issuers."""
+"""Drops credentials here at once and revokes them at their issuers: of a workflow, of an agent, for a tool, or all."""
 
 import sys
 
@@ -18,15 +18,14 @@ def command(
         "--reissue",
         help="The next use gets a new credential; without it, the workflows that are open now get none.",
     ),
-    socket: str = operator.SOCKET,
+    socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Drops credentials here at once and revokes them at their issuers."""
     if not (workflow or agent or tool or everything):
         print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
         raise typer.Exit(2)
     request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
-    done = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
+    done: pb.RevokeResponse = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
     if as_json:
         print(operator.as_json(done))
     else:

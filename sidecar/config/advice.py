@@ -6,11 +6,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from sidecar.address import is_loopback
 from sidecar.config.schema import Settings
 from sidecar.credentials.config import StaticConfig
 from sidecar.identity.callers import Callers, isolation
 from sidecar.model.caller import Isolation
-from sidecar.proxy.egress import is_loopback
 from sidecar.tools.names import embeds_ip
 
 

@@ -7,9 +7,9 @@ import re
 from functools import lru_cache
 from typing import Literal
 
+from sidecar.address import is_loopback
 from sidecar.errors import CallerError, Reason
 from sidecar.model.tool import Authority, Tool
-from sidecar.proxy.egress import is_loopback
 from sidecar.proxy.http1 import RequestHead
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router

@@ -9,9 +9,10 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
+from sidecar.address import is_literal
 from sidecar.errors import Reason, UpstreamError
 from sidecar.model.tool import Tool
 
@@ -82,7 +83,7 @@ async def addresses(tool: Tool, resolve: Resolve) -> list[str]:
         return [tool.address]
     host = tool.authority.host
     try:
-        answers = [host] if _is_literal(host) else await resolve(host, tool.authority.port)
+        answers = [host] if is_literal(host) else await resolve(host, tool.authority.port)
     except (OSError, UnicodeError):
         raise UpstreamError(Reason.DNS_FAILED, f"the name of tool {tool.name} does not resolve") from None
     if not answers:
@@ -93,17 +94,3 @@ async def addresses(tool: Tool, resolve: Resolve) -> list[str]:
                 Reason.ADDRESS_REFUSED, f"tool {tool.name} resolves to {text}, which is not public; see allow_networks"
             )
     return list(dict.fromkeys(answers))
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-@lru_cache(maxsize=1024)
-def is_loopback(host: str) -> bool:
-    """Whether `host` is this machine by its own word: a loopback literal or `localhost`."""
-    return host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)

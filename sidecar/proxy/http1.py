@@ -131,7 +131,7 @@ def _why_not(head: bytes) -> str:
 
 
 def parse_request(head: bytes, reader: Fields) -> RequestHead:
-    """The request whose head is `head`, up to its empty line. Raises `CallerError` (malformed_request)."""
+    """The request whose head is `head`, up to its empty line. Raises `CallerError` (malformed_request, request_too_large)."""
     first, *lines = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(first)
     fields = reader.read(lines)
@@ -141,7 +141,7 @@ def parse_request(head: bytes, reader: Fields) -> RequestHead:
     if minor != b"1" and method != b"CONNECT":
         raise _malformed("only HTTP/1.1 is spoken here")
     if len(fields) > MAX_FIELDS:
-        raise _malformed(f"more than {MAX_FIELDS} header fields")
+        raise CallerError(Reason.REQUEST_TOO_LARGE, f"more than {MAX_FIELDS} header fields")
     return _request(method, target, fields)
 
 

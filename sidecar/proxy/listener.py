@@ -2,12 +2,12 @@
 
 import asyncio
 
+from sidecar.address import host_and_port
 from sidecar.clock import Clock
 from sidecar.errors import CallerError, ConfigError, Reason
 from sidecar.model.workflow import Workflow
 from sidecar.proxy.destination import Mode
 from sidecar.proxy.downstream import Connection
-from sidecar.proxy.egress import is_loopback
 from sidecar.proxy.plane import Plane
 
 _SWEEP_SECONDS = 1.0
@@ -22,16 +22,10 @@ class Listeners:
         self.connections: set[Connection] = set()
 
     async def open(self, address: str, mode: Mode) -> str:
-        """Listens on "host:port" (loopback only: the caller is known by its uid). Returns the address bound.
-
-        Raises `ConfigError` when the address is not loopback or is taken.
-        """
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if not is_loopback(host):
-            raise ConfigError(Reason.CONFIG_INVALID, f"listeners.{mode}: {address} is not loopback; use 127.0.0.1")
+        """Listens on a `LoopbackHostPort`. Returns the address bound. Raises `ConfigError` when it is taken."""
+        host, port = host_and_port(address)
         try:
-            return await self._listen(mode, mode, host, int(port), None)
+            return await self._listen(mode, mode, host, port, None)
         except OSError as error:
             raise ConfigError(
                 Reason.CONFIG_INVALID, f"listeners.{mode}: cannot listen on {address}: {error.strerror}"
