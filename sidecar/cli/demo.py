@@ -20,6 +20,7 @@ import typer
 import uvloop
 
 from sidecar.cli import environment
+from sidecar.cli.residual import residual, seconds
 from sidecar.cli.stage import AGENT_ID, Stage
 from sidecar.client.trust import write_bundle
 from sidecar.control import convert
@@ -190,9 +191,8 @@ def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: 
         report.reason == reason,
     )
     for end in report.leases:
-        residual = f"may be accepted there for {end.residual.seconds} s more" if end.residual.seconds else "dead there"
-        text = f"{end.tool}: {end.at_issuer} at the issuer; at the tool ({end.token_check}): {residual}"
-        story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=end.residual.seconds)
+        text = f"{end.tool}: {end.at_issuer} at the issuer; residual at the tool ({end.token_check}): {residual(end)}"
+        story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=seconds(end))
     story.tell(
         "revoked",
         f"the issuer has confirmed {len(report.leases)} credentials after {revoked:.1f} ms",

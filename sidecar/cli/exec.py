@@ -20,12 +20,14 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment
+from sidecar.cli.residual import residual, seconds
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 
 _Answer = TypeVar("_Answer")
 _FAILED = 125
 _START_SECONDS = 15.0
+_RECEIPT = "Writes how each credential ended to this file, as JSON. `residual_seconds` is rounded up; null: no end."
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Between fork and exec of a process with gRPC's threads nothing may run, so a fresh interpreter asks for the parent-death
 # signal (prctl(2) PR_SET_PDEATHSIG, kept over exec) and becomes the command: if we are killed, CMD is told by SIGTERM.
@@ -54,7 +56,7 @@ def command(
     config: str = typer.Option(None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."),
     agent: str = typer.Option(None, "--agent", help="Which declared agent the command is. Default: the only one."),
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
-    receipt: str = typer.Option(None, "--receipt", help="Writes how each credential ended to this file, as JSON."),
+    receipt: str = typer.Option(None, "--receipt", help=_RECEIPT),
 ) -> None:
     """Runs a command inside a workflow of its own; everything it was given dies when it ends."""
     try:
@@ -239,7 +241,7 @@ def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
                 "lease": end.lease_id,
                 "tool": end.tool,
                 "at_issuer": end.at_issuer,
-                "residual_seconds": end.residual.seconds,
+                "residual_seconds": seconds(end),
                 "token_check": end.token_check,
                 "uses": end.uses,
             }
@@ -256,21 +258,20 @@ def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
 
 
 def summary(report: pb.CloseResponse) -> str:
-    """`3 credentials: 2 confirmed dead, 1 residual at most 240 s (reports: offline); closed in 38 ms`."""
+    """What died and what did not, in one line; for example:
+
+    2 credentials: 1 confirmed dead, 1 confirmed, residual at the tool (reports: offline, at most 241 s); revoked in 38 ms
+    """
     if not report.leases:
         return "no credentials were needed"
     counts: dict[str, int] = {}
     for end in report.leases:
-        word = (
-            "confirmed dead"
-            if end.at_issuer == "confirmed" and not end.residual.ToNanoseconds()
-            else str(end.at_issuer)
-        )
+        word = "confirmed dead" if end.at_issuer == "confirmed" and seconds(end) == 0 else str(end.at_issuer)
         counts[word] = counts.get(word, 0) + 1
     parts = [f"{count} {word}" for word, count in counts.items()]
-    residual = [e for e in report.leases if e.residual.ToNanoseconds()]
-    if residual:
-        tools = ", ".join(f"{e.tool}: {e.token_check}, at most {e.residual.seconds} s" for e in residual)
+    living = [end for end in report.leases if seconds(end) != 0]
+    if living:
+        tools = ", ".join(f"{end.tool}: {end.token_check}, {residual(end)}" for end in living)
         parts.append(f"residual at the tool ({tools})")
     milliseconds = report.revoked_after.ToNanoseconds() / 1e6
     number = len(report.leases)
