@@ -12,6 +12,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from sidecar.clock import Clock
 from sidecar.model.audit import FlowRecord
+from sidecar.model.traceparent import TraceParent, parse
 from sidecar.telemetry.logging import logger
 
 _QUEUE = 2048
@@ -25,12 +26,12 @@ class Tracer:
     def __init__(self, endpoint: str | None, clock: Clock) -> None:
         self._url = endpoint.rstrip("/") + "/v1/traces" if endpoint else None
         self._clock = clock
-        self._queue: deque[tuple[FlowRecord, bytes]] = deque(maxlen=_QUEUE)
+        self._queue: deque[tuple[FlowRecord, TraceParent]] = deque(maxlen=_QUEUE)
 
     def flow(self, record: FlowRecord, traceparent: bytes) -> None:
-        """Notes a span for a call whose parent is sampled."""
-        if self._url is not None:
-            self._queue.append((record, traceparent))
+        """Notes a span for the call, if its parent is sampled."""
+        if self._url is not None and (parent := parse(traceparent)) is not None and parent.sampled:
+            self._queue.append((record, parent))
 
     async def run(self) -> None:
         """For ever: a batch a second. A collector that is down costs spans, nothing else."""
@@ -58,18 +59,14 @@ class Tracer:
         name.key, name.value.string_value = "service.name", "spanlock"
         scope = resource.scope_spans.add()
         while self._queue:
-            record, traceparent = self._queue.popleft()
-            parts = traceparent.decode("latin-1").split("-")
-            try:
-                trace, parent = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])
-            except (IndexError, ValueError):
-                continue
-            _fill(scope.spans.add(), record, trace, parent)
+            record, parent = self._queue.popleft()
+            _fill(scope.spans.add(), record, parent)
         return request.SerializeToString()
 
 
-def _fill(span: Span, record: FlowRecord, trace: bytes, parent: bytes) -> None:
-    span.trace_id, span.parent_span_id, span.span_id = trace, parent, secrets.token_bytes(8)
+def _fill(span: Span, record: FlowRecord, parent: TraceParent) -> None:
+    span.trace_id, span.parent_span_id = bytes.fromhex(parent.trace_id), bytes.fromhex(parent.parent_id)
+    span.span_id = secrets.token_bytes(8)
     span.name = f"{record.method} {record.tool or 'refused'}"
     span.kind = Span.SPAN_KIND_CLIENT
     span.end_time_unix_nano = int(record.time * 1e9)

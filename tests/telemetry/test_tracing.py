@@ -50,7 +50,9 @@ async def test_a_sampled_parent_gets_a_child_and_another_none() -> None:
             for flags in ("00", "01"):
                 headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}"}
                 assert (await agent.get(url(stage.search, "/v1/items?q=secret"), headers=headers)).status_code == 200
-            assert (await agent.get(url(stage.search), headers={"traceparent": "nonsense-1"})).status_code == 200
+            for not_sampled in ("nonsense-1", f"cc-{TRACE}-{PARENT}-00-1", f"00-{TRACE.upper()}-{PARENT}-01"):
+                answer = await agent.get(url(stage.search), headers={"traceparent": not_sampled})
+                assert answer.status_code == 200
             assert (await agent.get(url(stage.search))).status_code == 200
         await asyncio.wait_for(collector.came.wait(), 10)
         token = stage.search.authorized[-1].removeprefix("Bearer ").encode()
