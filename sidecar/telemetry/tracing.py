@@ -27,6 +27,8 @@ class Tracer:
         self._url = endpoint.rstrip("/") + "/v1/traces" if endpoint else None
         self._clock = clock
         self._queue: deque[tuple[FlowRecord, TraceParent]] = deque(maxlen=_QUEUE)
+        self._log = logger("tracing")
+        self._losing = False
 
     def flow(self, record: FlowRecord, traceparent: bytes) -> None:
         """Notes a span for the call, if its parent is sampled."""
@@ -34,23 +36,23 @@ class Tracer:
             self._queue.append((record, parent))
 
     async def run(self) -> None:
-        """For ever: a batch a second. A collector that is down costs spans, nothing else."""
+        """For ever: a batch a second. A collector that is down or refuses costs spans, nothing else."""
         if self._url is None:
             return
-        log = logger("tracing")
         async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=5)) as session:
             while True:
                 await self._clock.sleep(_INTERVAL)
                 if not self._queue:
                     continue
-                body = self._batch()
-                try:
-                    async with session.post(
-                        self._url, data=body, headers={"content-type": "application/x-protobuf"}, allow_redirects=False
-                    ) as answer:
-                        await answer.read()
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    log.warning("spans_lost", error=type(error).__name__)
+                self._note(await _send(session, self._url, self._batch()))
+
+    def _note(self, problem: str) -> None:
+        """Says once that an outage begins, and once that it is over."""
+        if problem and not self._losing:
+            self._log.warning("spans_lost", error=problem, effect="calls go on, the sidecar's own spans are lost")
+        elif self._losing and not problem:
+            self._log.info("spans_recovered")
+        self._losing = bool(problem)
 
     def _batch(self) -> bytes:
         request = ExportTraceServiceRequest()
@@ -62,6 +64,17 @@ class Tracer:
             record, parent = self._queue.popleft()
             _fill(scope.spans.add(), record, parent)
         return request.SerializeToString()
+
+
+async def _send(session: aiohttp.ClientSession, url: str, body: bytes) -> str:
+    """What kept the collector from taking the batch; empty when it took it."""
+    headers = {"content-type": "application/x-protobuf"}
+    try:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+            await answer.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return type(error).__name__
+    return "" if answer.status < 300 else f"HTTP {answer.status}"
 
 
 def _fill(span: Span, record: FlowRecord, parent: TraceParent) -> None:
