@@ -2,12 +2,17 @@
 
 import asyncio
 import json
+import random
+import time
+from typing import Any
 
 import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from sidecar.app import World
 from sidecar.model.audit import FlowRecord
+from sidecar.telemetry import tracing
 from sidecar.telemetry.logging import configure
 from sidecar.telemetry.tracing import Tracer
 from tests.fakes.clock import FakeClock
@@ -71,14 +76,34 @@ async def test_a_sampled_parent_gets_a_child_and_another_none() -> None:
     assert token not in everything and workflow.handle.encode() not in everything and b"q=secret" not in everything
 
 
-async def test_a_collector_that_is_down_costs_spans_and_nothing_else() -> None:
+async def test_a_collector_that_is_down_costs_spans_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure("info", "json")
+    send, attempts = tracing._send, []
+
+    async def noted(*arguments: Any) -> str:
+        attempts.append(await send(*arguments))
+        return attempts[-1]
+
+    monkeypatch.setattr(tracing, "_send", noted)
+    clock = FakeClock(time.time())  # the identities are of now
     more = 'telemetry: {{otlp_endpoint: "http://127.0.0.1:1"}}\n'
-    async with ready_stage(more=more) as stage:
+    async with ready_stage(more=more, around=World(clock, random.Random(1))) as stage:
         workflow = await opened(stage, listener=True)
         async with client(stage, workflow.proxy_url) as agent:
-            for _ in range(5):
+            for number in range(1, 4):
                 answer = await agent.get(url(stage.search), headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
                 assert answer.status_code == 200
+                async with asyncio.timeout(10):
+                    while not stage.app.tracer._queue:
+                        await asyncio.sleep(0)
+                    while stage.app.tracer._queue:
+                        await clock.advance(1)
+                    while len(attempts) < number:
+                        await asyncio.sleep(0)
+    assert attempts == ["ClientConnectorError"] * 3
+    assert capsys.readouterr().err.count("spans_lost") == 1
 
 
 FLOW = FlowRecord(
