@@ -35,7 +35,7 @@ def test_the_last_line_of_exec_is_the_example_of_its_docstring() -> None:
 def test_a_static_secret_has_no_end_on_the_last_line_and_null_in_the_receipt() -> None:
     assert "residual at the tool (legacy: unknown, no end)" in exec.summary(report(LEGACY))
     receipt = io.StringIO()
-    exec._tell(report(SEARCH, REPORTS, LEGACY), receipt)
+    exec._tell("wf_1", report(SEARCH, REPORTS, LEGACY), receipt)
     told = json.loads(receipt.getvalue())["credentials"]
     assert [credential["residual_seconds"] for credential in told] == [0, 241, None]
 
