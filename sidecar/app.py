@@ -139,6 +139,9 @@ class App:
     async def start(self) -> None:
         """Opens every door. Does not wait for SPIRE: readiness says when identities are there. Raises `ConfigError`."""
         asyncio.get_running_loop().set_exception_handler(self._loop_error)
+        self._make_sockets()
+        for socket in self._sockets:
+            socket.refuse_taken()  # before anything that another sidecar on this run_dir would notice
         for work, name in (
             (self.svids.run, "svids"),
             (self.svids.keep_fresh, "jwt-svid refresh"),
@@ -157,6 +160,13 @@ class App:
         await self.otlp.start()
         if self.health is not None:
             await self.health.start()
+        for socket in self._sockets:
+            await socket.start()
+        self.registry.restarted(self.roll.start())
+        self.log.info("started", version=__version__, listeners=self.addresses, run_dir=self.settings.run_dir)
+
+    def _make_sockets(self) -> None:
+        """Each agent's and the operator's; none is open yet."""
         doors = Doors(
             registry=self.registry,
             broker=self.broker,
@@ -172,10 +182,6 @@ class App:
             self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
         ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
         self._sockets.append(operator_socket(run_dir, ops))
-        for socket in self._sockets:
-            await socket.start()
-        self.registry.restarted(self.roll.start())
-        self.log.info("started", version=__version__, listeners=self.addresses, run_dir=str(run_dir))
 
     async def stop(self) -> int:
         """Drains and revokes; returns how many leases could not be revoked, each named in the log and the audit."""

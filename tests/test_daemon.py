@@ -168,6 +168,30 @@ async def test_a_crash_closes_every_workflow_and_the_next_start_says_so(servers:
         assert not (await third.call(lambda s: s.List(pb.ListRequest()))).workflows, "said once"
 
 
+async def test_a_second_sidecar_on_the_same_run_dir_is_refused_and_the_first_does_not_notice(servers: Servers) -> None:
+    sockets, roll = (
+        (servers.agent_socket, servers.operator_socket),
+        servers.operator_socket.with_name("workflows.jsonl"),
+    )
+    config = servers.dir / "other.yaml"
+    config.write_text(servers.config_text().replace("name: demo,", "name: another,"))
+    async with daemon(servers) as running:
+        opened = await running.open()
+        before = [path.stat().st_ino for path in sockets], roll.stat().st_ino, roll.read_bytes()
+        for file in (config, servers.dir / "spanlock.yaml"):
+            words = [sys.executable, "-m", "sidecar", "run", "-c", str(file)]
+            second = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+            _, err = await asyncio.wait_for(second.communicate(), 30)
+            said = [line for line in err.decode().splitlines() if not line.startswith("{")]
+            assert second.returncode == 2 and len(said) == 1, err.decode()
+            assert said[0].startswith("spanlock: run_dir: another sidecar answers on ") and "another run_dir" in said[0]
+        assert ([path.stat().st_ino for path in sockets], roll.stat().st_ino, roll.read_bytes()) == before
+        assert not (servers.dir / "run/agents/another").exists(), "it asked every socket before it made one"
+        assert b"200 OK" in await running.get(opened)
+        assert (await running.ended(signal.SIGTERM))[0] == 0
+    assert not any(path.exists() for path in sockets)
+
+
 async def test_sighup_takes_a_good_change_and_refuses_a_bad_one_whole(servers: Servers) -> None:
     policy, config = servers.dir / "policy.cedar", servers.dir / "spanlock.yaml"
     good = policy.read_text()

@@ -13,19 +13,25 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment
+from sidecar.cli.residual import residual, seconds
+from sidecar.client import sockets
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 
 _Answer = TypeVar("_Answer")
 _FAILED = 125
 _START_SECONDS = 15.0
+_RECEIPT = (
+    "Writes how each credential ended to this file, as JSON. `residual_seconds` is rounded up; null: no end. When the sidecar "
+    "went away, `reason` is unknown and `credentials` null."
+)
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Between fork and exec of a process with gRPC's threads nothing may run, so a fresh interpreter asks for the parent-death
 # signal (prctl(2) PR_SET_PDEATHSIG, kept over exec) and becomes the command: if we are killed, CMD is told by SIGTERM.
@@ -58,9 +64,7 @@ def command(
         None, "--agent", help="Which declared agent the command is. Default: the only one."
     ),
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
-    receipt: str | None = typer.Option(
-        None, "--receipt", help="Writes how each credential ended to this file, as JSON."
-    ),
+    receipt: str | None = typer.Option(None, "--receipt", help=_RECEIPT),
 ) -> None:
     try:
         status = _exec(cmd, config, agent, name, receipt)
@@ -74,7 +78,7 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
     sidecar: subprocess.Popen[bytes] | None = None
     with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as private, _receipt(receipt) as writing:
         try:
-            socket = _agent_socket(agent)
+            socket = _only(sockets.candidates(agent))
             if socket is None and config is not None:
                 sidecar, socket = _embed(config, agent, Path(private))
             if socket is None:
@@ -92,7 +96,7 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
             variables["SPANLOCK_SOCKET"] = str(socket)
             variables["SPANLOCK_WORKFLOW"] = held.id
             status = _run(cmd, variables)
-            _tell(held.close(), writing)
+            _tell(variables["SPANLOCK_WORKFLOW"], held.close(), writing)
             return status
         finally:
             if sidecar is not None:
@@ -118,15 +122,8 @@ def _hold(socket: Path, name: str, trace_id: str) -> WorkflowHold:
         raise _Failure(f"the sidecar did not open a workflow: {error}") from None
 
 
-def _agent_socket(agent: str | None) -> Path | None:
-    """The socket of a sidecar that runs: SPANLOCK_SOCKET, or the (only) agent's in the run directory."""
-    if (named := os.environ.get("SPANLOCK_SOCKET")) and agent is None:
-        return Path(named)
-    return _socket_in(Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock")), agent)
-
-
-def _socket_in(run_dir: Path, agent: str | None) -> Path | None:
-    found = sorted((run_dir / "agents").glob(f"{agent or '*'}/agent.sock"))
+def _only(found: list[Path]) -> Path | None:
+    """The socket of a sidecar that runs; None when none does."""
     if len(found) > 1:
         raise _Failure(
             f"several agents are declared; say which with --agent ({', '.join(p.parent.name for p in found)})"
@@ -143,7 +140,7 @@ def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Po
     def listening() -> Path | None:
         if process.poll() is not None:
             raise _Failure("the embedded sidecar did not start; its messages are above")
-        return _socket_in(run_dir, agent)
+        return _only(sockets.below(run_dir, agent))
 
     socket = _await(listening)
     if socket is None:
@@ -232,50 +229,57 @@ class _Foreground:
         self.take_back()
 
 
-def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
-    """The last line on standard error: what died, and what did not."""
-    if report is None:
-        print("spanlock: the sidecar went away; what it held ends with its own expiry", file=sys.stderr)
-        return
-    print(f"spanlock: {summary(report)}", file=sys.stderr)
+def _tell(workflow_id: str, report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
+    """The last line on standard error, and the receipt: what died, and what did not."""
+    gone = "the sidecar went away; what it held ends with its own expiry"
+    print(f"spanlock: {gone if report is None else summary(report)}", file=sys.stderr)
     if receipt is not None:
-        ends = [
-            {
-                "lease": end.lease_id,
-                "tool": end.tool,
-                "at_issuer": end.at_issuer,
-                "residual_seconds": end.residual.seconds,
-                "token_check": end.token_check,
-                "uses": end.uses,
-            }
-            for end in report.leases
-        ]
-        document = {
-            "workflow": report.workflow_id,
-            "reason": report.reason,
-            "close_to_dropped_ms": report.dropped_after.ToNanoseconds() / 1e6,
-            "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
-            "credentials": ends,
+        receipt.write(json.dumps(_unknown(workflow_id) if report is None else _document(report), indent=1) + "\n")
+
+
+def _document(report: pb.CloseResponse) -> dict[str, Any]:
+    """The receipt."""
+    ends = [
+        {
+            "lease": end.lease_id,
+            "tool": end.tool,
+            "at_issuer": end.at_issuer,
+            "residual_seconds": seconds(end),
+            "token_check": end.token_check,
+            "uses": end.uses,
         }
-        receipt.write(json.dumps(document, indent=1) + "\n")
+        for end in report.leases
+    ]
+    return {
+        "workflow": report.workflow_id,
+        "reason": report.reason,
+        "close_to_dropped_ms": report.dropped_after.ToNanoseconds() / 1e6,
+        "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
+        "credentials": ends,
+    }
+
+
+def _unknown(workflow_id: str) -> dict[str, Any]:
+    """The receipt of a workflow whose end nobody told us: the same fields, and not a word that is not known."""
+    times = {"close_to_dropped_ms": None, "close_to_revoked_ms": None}
+    return {"workflow": workflow_id, "reason": "unknown", **times, "credentials": None}
 
 
 def summary(report: pb.CloseResponse) -> str:
-    """`3 credentials: 2 confirmed dead, 1 residual at most 240 s (reports: offline); closed in 38 ms`."""
+    """What died and what did not, in one line; for example:
+
+    2 credentials: 1 confirmed dead, 1 confirmed, residual at the tool (reports: offline, at most 241 s); revoked in 38 ms
+    """
     if not report.leases:
         return "no credentials were needed"
     counts: dict[str, int] = {}
     for end in report.leases:
-        word = (
-            "confirmed dead"
-            if end.at_issuer == "confirmed" and not end.residual.ToNanoseconds()
-            else str(end.at_issuer)
-        )
+        word = "confirmed dead" if end.at_issuer == "confirmed" and seconds(end) == 0 else str(end.at_issuer)
         counts[word] = counts.get(word, 0) + 1
     parts = [f"{count} {word}" for word, count in counts.items()]
-    residual = [e for e in report.leases if e.residual.ToNanoseconds()]
-    if residual:
-        tools = ", ".join(f"{e.tool}: {e.token_check}, at most {e.residual.seconds} s" for e in residual)
+    living = [end for end in report.leases if seconds(end) != 0]
+    if living:
+        tools = ", ".join(f"{end.tool}: {end.token_check}, {residual(end)}" for end in living)
         parts.append(f"residual at the tool ({tools})")
     milliseconds = report.revoked_after.ToNanoseconds() / 1e6
     number = len(report.leases)

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import typer
@@ -50,9 +50,15 @@ def _why(path: Path) -> str:
 
 def as_json(message: Message) -> str:
     """The message as one line, every field present."""
-    return json.dumps(
-        MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps(as_dict(message))
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """The message as JSON has it, every field present."""
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
+    return fields
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

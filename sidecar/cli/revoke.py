@@ -1,10 +1,13 @@
 """Drops credentials here at once and revokes them at their issuers: of a workflow, of an agent, for a tool, or all."""
 
+import json
 import sys
+from typing import Any
 
 import typer
 
 from sidecar.cli import operator
+from sidecar.cli.residual import residual, seconds
 from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 
@@ -27,8 +30,16 @@ def command(
     request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
     done: pb.RevokeResponse = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
     if as_json:
-        print(operator.as_json(done))
+        print(json.dumps(_with_null(operator.as_dict(done), done)))
     else:
-        rows = [(e.lease_id, e.tool, e.at_issuer, f"{e.residual.seconds} s", e.uses) for e in done.ends]
-        print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL AT MOST", "USES"), rows))
+        rows = [(e.lease_id, e.tool, e.at_issuer, residual(e), e.uses) for e in done.ends]
+        print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL", "USES"), rows))
     raise typer.Exit(1 if any(end.at_issuer == "failed" for end in done.ends) else 0)
+
+
+def _with_null(said: dict[str, Any], done: pb.RevokeResponse) -> dict[str, Any]:
+    """`residual` as in every JSON of ours: null when there is no end."""
+    for shown, end in zip(said["ends"], done.ends, strict=True):
+        if seconds(end) is None:
+            shown["residual"] = None
+    return said

@@ -7,8 +7,8 @@ from sidecar.model.lease import CloseReport, Lease, LeaseEnd
 from sidecar.model.workflow import Workflow
 from sidecar.wire.spanlock.v1 import admin_pb2, workflows_pb2
 
-_UNBOUNDED = 315_576_000_000
-"""The largest Duration there is: a residual life without end."""
+UNBOUNDED = 315_576_000_000
+"""The largest Duration there is, in seconds: a residual life without end."""
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -23,7 +23,7 @@ def timestamp(seconds: float | None) -> Timestamp | None:
 def duration(seconds: float) -> Duration:
     """Seconds; -1.0 (no end) as the largest there is."""
     message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9)) if seconds >= 0 else message.FromSeconds(_UNBOUNDED)
+    message.FromNanoseconds(int(seconds * 1e9)) if seconds >= 0 else message.FromSeconds(UNBOUNDED)
     return message
 
 

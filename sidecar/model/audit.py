@@ -47,6 +47,7 @@ class LeaseRecord(NamedTuple):
     outcome: str
     """At the end: what became of it at the issuer."""
     residual_seconds: float
+    """At the end: at most this long it may still be accepted at the tool; -1.0: no end (a static secret)."""
     reason: str
     policy_ids: tuple[str, ...]
     seconds: float

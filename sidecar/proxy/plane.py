@@ -22,8 +22,6 @@ from sidecar.telemetry.tracing import Tracer
 from sidecar.tools.router import Router
 from sidecar.workflows.registry import Registry
 
-_SAMPLED = (b"1", b"3", b"5", b"7", b"9", b"b", b"d", b"f")
-
 FindCaller = Callable[[tuple[str, int], tuple[str, int]], Caller]
 """From a connection's local and peer address. Raises `CallerError` (unknown_caller)."""
 
@@ -57,7 +55,7 @@ class Plane:
         self.metrics.flow(record.tool, record.outcome, record.duration_ms / 1000)
         if record.outcome != "ok":
             self.denials.append(record)
-        if traceparent is not None and traceparent[-1:] in _SAMPLED:
+        if traceparent is not None:
             self.tracer.flow(record, traceparent)
 
     def record_refusal(self, caller: Caller, mode: str, status: int, error: SpanlockError) -> None:

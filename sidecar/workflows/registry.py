@@ -17,6 +17,7 @@ from sidecar.errors import CallerError, Reason
 from sidecar.machine import step
 from sidecar.model.caller import Caller
 from sidecar.model.lease import CloseReport
+from sidecar.model.traceparent import parse
 from sidecar.model.workflow import (
     WORKFLOW_TABLE,
     CloseReason,
@@ -28,7 +29,6 @@ from sidecar.model.workflow import (
 from sidecar.secret import Secret
 from sidecar.tasks import Background
 from sidecar.workflows.config import WorkflowsConfig
-from sidecar.workflows.traceparent import trace_id as parse_trace_id
 
 Settle = Callable[[Workflow], asyncio.Task[CloseReport]]
 """Drops every lease of the workflow before it returns; the task revokes and reports."""
@@ -151,8 +151,8 @@ class Registry:
             return workflow
         if len(caller.agents) == 1:
             (agent,) = caller.agents
-            if traceparent is not None and (trace := parse_trace_id(traceparent)) is not None:
-                workflow = self._by_trace.get((agent, trace))
+            if traceparent is not None and (parent := parse(traceparent)) is not None:
+                workflow = self._by_trace.get((agent, parent.trace_id))
                 if workflow is not None:
                     return workflow
             mine = self._by_agent.get(agent)
