@@ -148,7 +148,9 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "A credential would have travelled over plain http to a host that is not this machine.",
         "Use https, or set `allow_cleartext: true` on the tool if the path to it is protected.",
     ),
-    Reason.REQUEST_TIMEOUT: Explanation("The request's head or body did not arrive in time.", "Send it faster."),
+    Reason.REQUEST_TIMEOUT: Explanation(
+        "The request's head or body did not arrive in time, or its answer was not read.", "Send and read faster."
+    ),
     Reason.CLIENT_GONE: Explanation(
         "The agent closed its connection before the answer was complete.", "Nothing to do."
     ),

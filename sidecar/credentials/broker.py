@@ -168,9 +168,10 @@ class Broker:
 
     # -- use ----------------------------------------------------------------------------------------------------
 
-    def use(self, lease: Lease, workflow: Workflow) -> bytes:
+    def use(self, lease: Lease, workflow: Workflow, counted: bool = False) -> bytes:
         """The header's full value, for the write that follows without an await. THE last liveness check.
 
+        `counted`: a second try of a call whose use has been counted.
         Raises `CallerError` (workflow_closed, lease_gone, uses_exhausted) or `IdentityError`.
         """
         if not workflow.is_open:
@@ -184,9 +185,10 @@ class Broker:
             raise CallerError(Reason.LEASE_GONE, "the credential has expired")
         self._svids.require_identity(workflow.agent)
         held = self.live.of(lease)
-        if held.tool.max_uses:
-            self._count_use(held)
-        lease.uses += 1
+        if not counted:
+            if held.tool.max_uses:
+                self._count_use(held)
+            lease.uses += 1
         lease.last_used = now
         held.used_since_issue = True
         return lease.header

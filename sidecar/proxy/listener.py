@@ -77,6 +77,7 @@ class Listeners:
             now = clock.monotonic()
             for connection in list(self.connections):
                 connection.expire(now)
+            self._plane.pool.expire(now)
 
     def stop_accepting(self) -> None:
         """No new connections; the open ones go on."""

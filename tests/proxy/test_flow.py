@@ -136,8 +136,8 @@ async def test_a_cut_from_inside_its_own_stack(monkeypatch: pytest.MonkeyPatch) 
             watched = Watched(stage, patch)
             use = stage.app.broker.use
 
-            def cutting(lease: Any, noun: Any) -> bytes:
-                header = use(lease, noun)
+            def cutting(lease: Any, noun: Any, counted: bool = False) -> bytes:
+                header = use(lease, noun, counted)
                 for flow in list(noun.flows):
                     flow.cut()
                 return header
