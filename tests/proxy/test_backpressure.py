@@ -256,7 +256,9 @@ async def test_an_agent_that_does_not_read_gets_no_more_answers_made() -> None:
     many = 400
     async with Answering(60_000) as tool, ready_stage(more=TOOL.format(port=tool.port), policy_for=("raw",)) as stage:
         handle = (await opened(stage)).handle
-        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 16)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 16
+        )
         writer.write(f"GET /raw/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\n\r\n".encode() * many)
         (connection,) = await until(lambda: [c for c in stage.app.listeners.connections if c.choked])
         served = tool.requests
@@ -272,9 +274,13 @@ async def test_an_agent_that_does_not_read_gets_no_more_answers_made() -> None:
 async def test_requests_that_are_sent_ahead_are_held_back_and_none_is_lost(path: str) -> None:
     async with Answering(9) as tool, ready_stage(more=TOOL.format(port=tool.port), policy_for=("raw",)) as stage:
         handle = (await opened(stage)).handle
-        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 20)
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 20
+        )
         filler = "f" * 2000
-        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nx: {filler}\r\n\r\n".encode()
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nx: {filler}\r\n\r\n".encode()
+        )
         many, most = 2000, 0
 
         async def send() -> None:
