@@ -18,10 +18,10 @@ class FlowRecord(NamedTuple):
     outcome: str
     """"ok", or the stable reason."""
     detail: str
-    bytes_in: int
-    """Of the response's body."""
-    bytes_out: int
-    """Of the same, as relayed to the agent."""
+    request_bytes: int
+    """Of the body that was sent to the tool: what went out."""
+    response_bytes: int
+    """Of the body that was relayed to the agent."""
     duration_ms: float
     lease: str
     lease_epoch: int

@@ -109,15 +109,17 @@ class Decider:
         satisfied = [self._policy.obligations[reason] for reason in reasons if reason in self._policy.obligations]
         if not satisfied:
             raise Denied(Reason.POLICY_ERROR, "the policy engine named no policy for its yes")
-        narrowed = frozenset(scopes)
+        narrowed = (
+            frozenset(scopes) if scopes else None
+        )  # none configured: whatever the issuer gives, unless policy says
         for obligation in satisfied:
             if obligation.scopes is not None:
-                narrowed &= obligation.scopes
-        if scopes and not narrowed:
+                narrowed = obligation.scopes if narrowed is None else narrowed & obligation.scopes
+        if narrowed is not None and not narrowed:
             raise Denied(Reason.POLICY_DENIED, f"the policies for tool {question.tool} leave no scope in common")
         ttl = min(obligation.ttl for obligation in satisfied)
         names = tuple(sorted(obligation.id for obligation in satisfied))
-        return Permit(question, tuple(sorted(narrowed)), ttl, names, self.epoch)
+        return Permit(question, tuple(sorted(narrowed or ())), ttl, names, self.epoch)
 
 
 def _entities(agents: Mapping[str, Agent], tools: Mapping[str, Tool]) -> list[dict[str, Any]]:

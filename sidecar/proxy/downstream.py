@@ -108,7 +108,9 @@ class Connection(Sender):
         """Inside a tunnel: `start_tls` calls no `connection_made`, and data may have come before it returned."""
         self.transport = transport
         self._connections.add(self)
-        if self._buffer:
+        if self._joined is not None and not self._joined.is_open:
+            self.close()  # it closed during the handshake, when there was nothing to cut yet
+        elif self._buffer:
             data, self._buffer = self._buffer, b""
             self._advance(data)
 

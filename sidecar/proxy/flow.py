@@ -55,8 +55,9 @@ class Flow(Driven):
     """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
 
     __slots__ = (
-        "_counted", "_early", "_keep_alive", "_named", "_pending", "_silent_since", "_tool_full", "body_complete", "bytes_out",
-        "downstream", "error", "head", "lease", "method", "permit", "plane", "replied", "route", "started", "status", "touched",
+        "_counted", "_early", "_keep_alive", "_named", "_pending", "_silent_since", "_tool_full", "body_complete",
+        "downstream", "error", "head", "lease", "method", "permit", "plane", "replied", "request_bytes",
+        "response_bytes", "route", "started", "status", "touched",
         "upstream", "workflow",
     )  # fmt: skip
 
@@ -82,7 +83,8 @@ class Flow(Driven):
         self.error: SpanlockError | None = None
         self.replied = False
         self.status = 0
-        self.bytes_out = 0
+        self.request_bytes = 0
+        self.response_bytes = 0
         self.body_complete = head.framing.done
         self._pending: list[bytes] = []
         self._early: list[bytes] = []
@@ -238,7 +240,7 @@ class Flow(Driven):
     def relay(self, payload: bytes) -> None:
         """A piece of the response's body (from the upstream)."""
         self.touched = True
-        self.bytes_out += len(payload)
+        self.response_bytes += len(payload)
         if self.replied:
             self.downstream.relay(payload)
         else:
@@ -320,6 +322,7 @@ class Flow(Driven):
         if upstream is None:
             return
         pieces, self._pending = self._pending, []
+        self.request_bytes += sum(map(len, pieces))
         if self.head.framing.kind == "chunked":
             for piece in pieces:
                 upstream.write(chunk(piece))
@@ -350,18 +353,16 @@ class Flow(Driven):
         """Gives everything back and writes the one record."""
         plane, workflow, upstream = self.plane, self.workflow, self.upstream
         now = plane.clock.monotonic()
-        received = 0
         if workflow is not None:
             if upstream is not None:
-                received = upstream.bytes_in
                 if self.error is not None or not self.body_complete:
                     upstream.abort()
                 plane.pool.give(upstream, workflow, now)
             plane.registry.leave(workflow, self, now)
-        plane.record_flow(self._record(outcome, received, now), self.head.traceparent)
+        plane.record_flow(self._record(outcome, now), self.head.traceparent)
         self.downstream.flow_ended(self._keep_alive, now)
 
-    def _record(self, outcome: str, received: int, now: float) -> FlowRecord:
+    def _record(self, outcome: str, now: float) -> FlowRecord:
         route, lease, permit, workflow, upstream = self.route, self.lease, self.permit, self.workflow, self.upstream
         caller = self.downstream.caller
         return FlowRecord(  # by position: by name it costs twice as much, and it is made for every call
@@ -375,8 +376,8 @@ class Flow(Driven):
             self.status,
             outcome,
             self.error.detail if self.error is not None else "",
-            received,
-            self.bytes_out,
+            self.request_bytes,
+            self.response_bytes,
             (now - self.started) * 1000,
             lease.id if lease is not None else "",
             lease.epoch if lease is not None else 0,

@@ -64,7 +64,7 @@ class Plane:
         self.record_flow(
             FlowRecord(
                 time=self.clock.now(), agent=agents, uid=caller.uid, workflow="", tool="", method="", path="", status=status,
-                outcome=str(error.reason), detail=error.detail, bytes_in=0, bytes_out=0, duration_ms=0.0, lease="",
+                outcome=str(error.reason), detail=error.detail, request_bytes=0, response_bytes=0, duration_ms=0.0, lease="",
                 lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
             ),
             None,

@@ -19,7 +19,7 @@ from sidecar.proxy.upstream import Upstream
 from sidecar.tasks import Background
 
 MAX_IDLE, MAX_IDLE_ALL = 32, 1024
-"""Idle connections kept for one workflow and tool, and in all. Precedents: Go's per-host default is 2, nginx upstreams use 32."""
+"""Idle connections kept for one workflow and tool, and in all. Precedents: Go keeps 2 a host, nginx upstreams use 32."""
 IDLE_SECONDS = 60.0
 """Precedents: nginx and most servers keep an idle connection for 60 to 75 s, Go's client for 90 s."""
 

@@ -60,7 +60,7 @@ class Upstream(Sender):
     """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
 
     __slots__ = (
-        "_buffer", "_fields", "_framing", "_held_up", "address", "answered", "bytes_in", "complete", "error",
+        "_buffer", "_fields", "_framing", "_held_up", "address", "answered", "complete", "error",
         "flow", "idle_since", "response", "reused", "tool", "workflow",
     )  # fmt: skip
 
@@ -83,7 +83,6 @@ class Upstream(Sender):
         self.answered = False
         """Any byte of a response has come for this flow."""
         self.error: SpanlockError | None = None
-        self.bytes_in = 0
 
     # -- asyncio.Protocol ---------------------------------------------------------------------------------------
 
@@ -157,7 +156,6 @@ class Upstream(Sender):
         self.flow = flow
         self.response = self._framing = self.error = None
         self.complete = self.answered = False
-        self.bytes_in = 0
         self.write(request.head)
 
     def pause(self) -> None:
@@ -213,7 +211,6 @@ class Upstream(Sender):
             return
         payload, rest = framing.feed(data)
         if payload:
-            self.bytes_in += len(payload)
             flow.relay(payload)
         if framing.done:
             self.complete = True

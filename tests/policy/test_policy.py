@@ -1,5 +1,7 @@
 """Default deny, any error denies, most restrictive obligations win, and the memo is exact."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,18 @@ def test_the_most_restrictive_obligations_win() -> None:
     assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q"))
 
 
+def test_scopes_of_policy_hold_for_a_tool_that_has_none_configured() -> None:
+    """Without them the issuer would give its own default, which is more than policy said."""
+    bare = dataclasses.replace(TOOL, scopes=())
+    one = '@scopes("a b") permit(principal, action, resource);'
+    assert decider(one).decide_request("x", "w", bare, "GET", "/").scopes == ("a", "b")
+    two = one + '@scopes("b c") permit(principal, action, resource);'
+    assert decider(two).decide_request("x", "w", bare, "GET", "/").scopes == ("b",)
+    with pytest.raises(Denied):
+        decider(one + '@scopes("c") permit(principal, action, resource);').decide_request("x", "w", bare, "GET", "/")
+    assert decider("permit(principal, action, resource);").decide_request("x", "w", bare, "GET", "/").scopes == ()
+
+
 def test_no_scope_in_common_denies() -> None:
     with pytest.raises(Denied):
         decider(
@@ -55,7 +69,8 @@ def test_a_policy_that_errs_beside_a_permit_denies() -> None:
 @pytest.mark.parametrize(
     "text",
     ['@tll("1") permit(principal, action, resource);', '@ttl("-1") permit(principal, action, resource);',
-     '@ttl("x") permit(principal, action, resource);', '@scopes("") permit(principal, action, resource);',
+     '@ttl("x") permit(principal, action, resource);', '@scopes("a b\u00e9") permit(principal, action, resource);',
+     '@scopes("a\tb") permit(principal, action, resource);', '@scopes("") permit(principal, action, resource);',
      '@approval("required") permit(principal, action, resource);', '@ttl("1") forbid(principal, action, resource);',
      "permit(principal, action, resource) when { context.nonsense };", 'permit(principal == Foo::"x", action, resource);', "nonsense"],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 from sidecar.cli.stage import Stage
 from sidecar.errors import CallerError, Reason
 from sidecar.identity.callers import Callers
+from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Agent, Caller
 from sidecar.model.tool import Authority, Tool
 from sidecar.proxy.flow import Flow
@@ -279,3 +280,20 @@ async def test_beyond_the_limit_a_connection_is_refused_at_once_and_kept_no_long
 def few(stage: Stage) -> None:
     """Leaves places for eight connections."""
     stage.app.plane.limits = stage.app.plane.limits.model_copy(update={"connections": 8})
+
+
+async def test_the_record_says_how_much_went_out_and_how_much_came_back() -> None:
+    """What a permitted tool is given is the way out of data: the audit has its size."""
+    async with early_tool() as (stage, _, handle):
+        records: list[FlowRecord] = []
+        stage.app.audit.flow = records.append  # type: ignore[method-assign]
+        port = port_of(stage.app.addresses["reverse"])
+        for more, body in (
+            ("Content-Length: 1000", b"x" * 1000),
+            ("Transfer-Encoding: chunked", b"3\r\nabc\r\n0\r\n\r\n"),
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head("POST", handle, more) + body)
+            await asyncio.wait_for(reader.readuntil(b"\r\n\r\nok"), 10)
+            writer.close()
+        assert [(r.request_bytes, r.response_bytes) for r in records] == [(1000, 2), (3, 2)]

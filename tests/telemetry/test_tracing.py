@@ -108,7 +108,7 @@ async def test_a_collector_that_is_down_costs_spans_and_nothing_else(
 
 FLOW = FlowRecord(
     time=1.0, agent="demo", uid=0, workflow="wf_1", tool="search", method="GET", path="/", status=200, outcome="ok", detail="",
-    bytes_in=0, bytes_out=0, duration_ms=1.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode="reverse", upstream="",
+    request_bytes=0, response_bytes=0, duration_ms=1.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode="reverse", upstream="",
 )  # fmt: skip
 
 
