@@ -16,7 +16,7 @@ from sidecar.errors import Reason
 from sidecar.model.workflow import CloseReason
 from sidecar.wire.spanlock.v1 import admin_pb2, admin_pb2_grpc, token_exchange_pb2, token_exchange_pb2_grpc
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
-from tests.stage import client, closed, opened, port_of, ready_stage, stub, url
+from tests.stage import client, closed, opened, port_of, raw, ready_stage, stub, url
 
 
 async def test_credentials_live_exactly_as_long_as_the_workflow() -> None:
@@ -213,3 +213,16 @@ async def test_basic_proxy_authorization_is_read() -> None:
 
     assert handle_of(b"Basic " + base64.b64encode(b"spanlock:slw_abc")) == "slw_abc"
     assert handle_of(b"Bearer slw_abc") == "slw_abc"
+
+
+async def test_a_report_counts_the_refused_calls_of_its_workflow_and_of_its_listener() -> None:
+    """An agent whose client shows no body would see nothing but a 403 otherwise."""
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        port = port_of(workflow.proxy_url)
+        await raw(port, b"CONNECT nowhere.test:443 HTTP/1.1\r\nHost: nowhere.test:443\r\n\r\n")
+        for path in ("/admin/x", "/admin/y"):
+            async with client(stage, workflow.proxy_url) as agent:
+                assert (await agent.get(url(stage.search, path))).headers["x-spanlock-reason"] == "policy_denied"
+        report = await closed(stage, workflow.workflow.id)
+        assert dict(report.refused) == {"unknown_tool": 1, "policy_denied": 2} and not report.leases

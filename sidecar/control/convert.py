@@ -62,6 +62,7 @@ def close_report(report: CloseReport) -> workflows_pb2.CloseResponse:
         leases=[lease_end(end) for end in report.ends],
         dropped_after=duration(report.dropped_ms / 1000),
         revoked_after=duration(report.revoked_ms / 1000),
+        refused=dict(report.refused),
     )
 
 

@@ -190,3 +190,5 @@ class CloseReport:
     dropped_ms: float = 0.0
     revoked_ms: float = 0.0
     """Until the last final outcome, or the deadline."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """Reasons for which calls of the workflow were refused, and how often."""

@@ -53,7 +53,7 @@ class Connection(Sender):
         super().__init__(plane.outbox)
         self.plane = plane
         self.mode = mode
-        self.caller = NOBODY
+        self.caller = NOBODY if workflow is None else Caller(uid=-1, agents=frozenset(), workflow=workflow)
         self.authority: Authority | None = None
         self.tool: Tool | None = None
         self.handle: str | None = None

@@ -369,7 +369,7 @@ class Flow(Driven):
             self.plane.clock.now(),
             workflow.agent if workflow is not None else ",".join(sorted(caller.agents)),
             caller.uid,
-            workflow.id if workflow is not None else "",
+            workflow.id if workflow is not None else caller.workflow or "",
             route.tool.name if route is not None else "",
             self.method.decode("latin-1"),
             route.path if route is not None else "",

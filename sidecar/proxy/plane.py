@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sidecar.audit.log import AuditLog
 from sidecar.clock import Clock
 from sidecar.credentials.broker import Broker
-from sidecar.errors import SpanlockError
+from sidecar.errors import Reason, SpanlockError
 from sidecar.identity.callers import Callers
 from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Caller
@@ -55,6 +55,8 @@ class Plane:
         self.metrics.flow(record.tool, record.outcome, record.duration_ms / 1000)
         if record.outcome != "ok":
             self.denials.append(record)
+            if record.workflow and record.outcome != Reason.CLIENT_GONE:
+                self.registry.refused(record.workflow, record.outcome)
         if traceparent is not None:
             self.tracer.flow(record, traceparent)
 
@@ -63,9 +65,9 @@ class Plane:
         agents = ",".join(sorted(caller.agents))
         self.record_flow(
             FlowRecord(
-                time=self.clock.now(), agent=agents, uid=caller.uid, workflow="", tool="", method="", path="", status=status,
-                outcome=str(error.reason), detail=error.detail, request_bytes=0, response_bytes=0, duration_ms=0.0, lease="",
-                lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
+                time=self.clock.now(), agent=agents, uid=caller.uid, workflow=caller.workflow or "", tool="", method="",
+                path="", status=status, outcome=str(error.reason), detail=error.detail, request_bytes=0, response_bytes=0,
+                duration_ms=0.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
             ),
             None,
         )  # fmt: skip

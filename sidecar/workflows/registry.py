@@ -11,6 +11,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sidecar.clock import Clock
 from sidecar.errors import CallerError, Reason
@@ -176,6 +177,12 @@ class Registry:
         workflow.flow_count += 1
         workflow.last_used = now
 
+    def refused(self, workflow_id: str, reason: str) -> None:
+        """A call of this workflow, or on its listener, did not end well."""
+        workflow = self._open.get(workflow_id) or self._ending.get(workflow_id)
+        if workflow is not None:
+            workflow.refused[reason] += 1
+
     def leave(self, workflow: Workflow, flow: LiveFlow, now: float) -> None:
         """The call has ended. `now`: monotonic seconds."""
         workflow.flows.discard(flow)
@@ -247,7 +254,7 @@ class Registry:
         return task
 
     async def _finish(self, workflow: Workflow, settled: asyncio.Task[CloseReport]) -> CloseReport:
-        report = await asyncio.shield(settled)
+        report = replace(await asyncio.shield(settled), refused=tuple(sorted(workflow.refused.items())))
         workflow.state = step(WORKFLOW_TABLE, workflow.state, WorkflowEvent.SETTLED)
         self._closing.pop(workflow.id, None)
         self._ending.pop(workflow.id, None)
