@@ -137,8 +137,9 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "Send the same name in all of them. If the client is unmodified, something is trying to redirect a credential.",
     ),
     Reason.AMBIGUOUS_PATH: Explanation(
-        "The path could be read in two ways (dot segments, encoded slashes, NUL, doubled slashes, ';').",
-        "Send the canonical path.",
+        "The path could be read in two ways (dot segments, doubled slashes, ';', an escape that is not needed or not UTF-8).",
+        "Send the canonical path: escape only what cannot stand as it is (letters, digits and -._~!$&'()*+,=:@ can), "
+        "as UTF-8 in upper-case hex (%C3%A9), and never a slash, backslash, dot, percent sign, ';' or control.",
     ),
     Reason.UNKNOWN_TOOL: Explanation(
         "The destination is not a configured tool, and there is no passthrough.",

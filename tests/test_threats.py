@@ -8,9 +8,13 @@ import re
 import ssl
 import subprocess
 from pathlib import Path
+from unicodedata import category
+from urllib.parse import quote, unquote
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.app import World
 from sidecar.cli import environment
@@ -290,6 +294,70 @@ def test_d7_ambiguous_paths_are_refused(path: str) -> None:
     with pytest.raises(CallerError) as caught:
         canonical_path(path.encode())
     assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/%61dmin", "/%41dmin", "/adm%69n/users", "/a%2Db", "/a%5Fb", "/a%7Eb", "/%30", "/a%40b", "/a%3Ab", "/a%2Cb", "/a%21", "/a%2B"],
+)  # fmt: skip
+def test_d7_a_character_that_needs_no_escape_is_not_escaped(path: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode())
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/%c0%ae%c0%ae/admin", "/v1/%C0%AE%C0%AE/admin", "/v1/%C0%AFadmin", "/%E0%80%AF", "/%F0%80%80%AF", "/%80", "/%C3", "/%C3/%A9",
+     "/%C3x%A9", "/%ED%A0%80", "/%F4%90%80%80", "/%F5%80%80%80", "/%FF", "/%C2%80", "/%C2%85", "/%C2%9F", "/%0A", "/%1B", "/%7F",
+     "/caf%c3%a9", "/caf%C3%a9", "/a%3f", "/a%5b"],
+)  # fmt: skip
+def test_d7_escapes_are_utf8_without_controls_in_upper_case(path: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode())
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/items", "/a%20b", "/a%22%23%3C%3E%3F%5B%5D%5E%60%7B%7C%7D", "/caf%C3%A9", "/%E2%82%AC/%F0%9F%98%80",
+             "/%C2%A0", "/%ED%9F%BF", "/%F4%8F%BF%BF", "/a@b:c,d=e+f$g&h'(i)*j!~_-.k", "/...", "/.well-known/x"],
+)  # fmt: skip
+def test_d7_a_canonical_path_goes_on_as_it_is(path: str) -> None:
+    assert canonical_path(path.encode()) == path
+
+
+ESCAPED = st.binary(min_size=1, max_size=4).map(lambda raw: "".join(f"%{byte:02X}" for byte in raw))
+
+
+@given(
+    st.lists(
+        st.one_of(st.characters().map(quote), ESCAPED, st.sampled_from("/.;%aZ\\~@"), st.text(max_size=2)), max_size=8
+    )
+)
+def test_d7_every_path_has_one_spelling(pieces: list[str]) -> None:
+    """What is accepted is what its own meaning is written as, so no other path that is accepted means the same."""
+    path = "/" + "".join(pieces)
+    try:
+        accepted = canonical_path(path.encode(errors="replace"))
+    except CallerError:
+        return
+    meaning = unquote(accepted, errors="strict")
+    assert quote(meaning, safe="/!$&'()*+,=:@~") == accepted == path
+    assert not any(category(character) == "Cc" or character in "%\\" for character in meaning)
+
+
+async def test_d7_a_forbidden_path_is_forbidden_in_every_spelling() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with tunnel(stage, port_of(workflow.proxy_url), stage.search) as (reader, writer):
+            for path in ("/admin", "/%61dmin", "/adm%69n/users", "/%C1%A1dmin"):
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {stage.search.host}:{stage.search.port}\r\n\r\n".encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert reason_of(head) == ("policy_denied" if path == "/admin" else "ambiguous_path")
+                length = re.search(rb"content-length: (\d+)", head)
+                assert length is not None
+                await reader.readexactly(int(length[1]))
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
 
 
 def test_d7_the_matched_bytes_are_the_sent_bytes() -> None:

@@ -8,9 +8,18 @@ from sidecar.model.tool import Authority, Route, Tool
 
 _MEMO, _MEMO_TARGET = 4096, 1024
 """Routes remembered, and the longest target of one; they come from the agent, so the memo is emptied when full."""
-_PLAIN = re.compile(rb"[A-Za-z0-9\-._~!$&'()*+,=:@/%]*")
-_ESCAPE = re.compile(rb"%(?![0-9A-Fa-f]{2})")
-_AMBIGUOUS = re.compile(rb"(?i)%(?:2f|5c|2e|00|25|3b|0[0-9a-f]|1[0-9a-f]|7f)|//|/\.{1,2}(?:/|$)")
+_PLAIN = r"[A-Za-z0-9\-._~!$&'()*+,=:@/]"
+_TAIL = "%[89AB][0-9A-F]"
+_ESCAPES = (
+    "%(?:2[023]|3[CEF]|5[BDE]|60|7[BCD])",  # of ASCII: space "#<>?[]^`{|}, which cannot stand as they are
+    "%C2%[AB][0-9A-F]",  # from here on UTF-8 (RFC 3629), without the controls U+0080 to U+009F
+    f"%(?:C[3-9A-F]|D[0-9A-F]){_TAIL}",
+    f"%E0%[AB][0-9A-F]{_TAIL}",
+    f"%(?:E[1-9A-CEF]{_TAIL}|ED%[89][0-9A-F]){_TAIL}",
+    f"%(?:F0%[9AB][0-9A-F]|F[123]{_TAIL}|F4%8[0-9A-F]){_TAIL}{_TAIL}",
+)
+_SPELT = re.compile(f"(?:{_PLAIN}++|{'|'.join(_ESCAPES)})*+".encode())
+_AMBIGUOUS = re.compile(rb"//|/\.{1,2}(?:/|$)")
 
 
 class Router:
@@ -66,8 +75,10 @@ class Router:
 def canonical_path(target: bytes, allow_semicolons: bool = False) -> str:
     """The path of `target`, which is refused unless everybody must read it in one way.
 
-    Dot segments, doubled slashes, encoded slashes, backslashes, dots, percent signs and controls are refused rather than
-    rewritten, so that policy sees exactly the bytes that are sent. Raises `CallerError` (ambiguous_path).
+    Every path has one spelling: what may stand as it is is not escaped (so `/%61dmin` passes no rule on `/admin`), escapes
+    are valid UTF-8 in upper-case hex, and slashes, backslashes, dots, percent signs, `;` and controls are never escaped.
+    Dot segments and doubled slashes are refused too. All this is refused rather than rewritten, so that policy sees exactly
+    the bytes that are sent. The query is the tool's business: policy does not see it. Raises `CallerError` (ambiguous_path).
     """
     path = target.partition(b"?")[0]
     if path == b"*":
@@ -75,6 +86,6 @@ def canonical_path(target: bytes, allow_semicolons: bool = False) -> str:
     if not path.startswith(b"/") or b"#" in target:
         raise CallerError(Reason.AMBIGUOUS_PATH, "the target is not a path")
     plain = path.replace(b";", b"") if allow_semicolons else path
-    if not _PLAIN.fullmatch(plain) or _ESCAPE.search(path) or _AMBIGUOUS.search(path):
+    if not _SPELT.fullmatch(plain) or _AMBIGUOUS.search(path):
         raise CallerError(Reason.AMBIGUOUS_PATH, "the path can be read in two ways; send the canonical one")
     return path.decode("ascii")
