@@ -346,6 +346,23 @@ def test_d7_every_path_has_one_spelling(pieces: list[str]) -> None:
     assert not any(category(character) == "Cc" or character in "%\\" for character in meaning)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/a/..;/admin", "/.;x/admin", "/v1/..;/admin", "/v1/.;x/..;y/admin", "/;/admin", "/a/;x/b", "/..;", "/a/.;", "/a%3Bb", "/%2;0",
+     "/%4;1dmin", "/a//b;x", "/a/../b;x"],
+)  # fmt: skip
+def test_d7_parameters_hide_no_dot_segment(path: str) -> None:
+    """Tomcat and others cut `;…` off each segment, and then resolve what is left."""
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode(), allow_semicolons=True)
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize("path", ["/a;x", "/a;x=1;y=2/b;z", "/a;x=..", "/...;x", "/a/b;"])
+def test_d7_parameters_go_on_where_they_are_allowed(path: str) -> None:
+    assert canonical_path(path.encode(), allow_semicolons=True) == path
+
+
 async def test_d7_a_forbidden_path_is_forbidden_in_every_spelling() -> None:
     async with ready_stage() as stage:
         workflow = await opened(stage, listener=True)

@@ -1,7 +1,10 @@
 """What policy is asked and what it answers."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+
+_PARAMETERS = re.compile(r";[^/]*")
 
 
 class Action(StrEnum):
@@ -12,6 +15,11 @@ class Action(StrEnum):
     LEASE_RENEW = "lease.renew"
     TOKEN_EXCHANGE = "token.exchange"
     HTTP_REQUEST = "http.request"
+
+
+def without_parameters(path: str) -> str:
+    """`path` as those servers read it that cut `;…` off each segment, which they do before they look for dot segments."""
+    return _PARAMETERS.sub("", path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from sidecar.errors import CallerError, Reason
+from sidecar.model.policy import without_parameters
 from sidecar.model.tool import Authority, Route, Tool
 
 _MEMO, _MEMO_TARGET = 4096, 1024
@@ -19,7 +20,8 @@ _ESCAPES = (
     f"%(?:F0%[9AB][0-9A-F]|F[123]{_TAIL}|F4%8[0-9A-F]){_TAIL}{_TAIL}",
 )
 _SPELT = re.compile(f"(?:{_PLAIN}++|{'|'.join(_ESCAPES)})*+".encode())
-_AMBIGUOUS = re.compile(rb"//|/\.{1,2}(?:/|$)")
+_SPELT_WITH_PARAMETERS = re.compile(f"(?:(?:{_PLAIN}|;)++|{'|'.join(_ESCAPES)})*+".encode())
+_AMBIGUOUS = re.compile(r"//|/\.{1,2}(?:/|$)")
 
 
 class Router:
@@ -77,15 +79,17 @@ def canonical_path(target: bytes, allow_semicolons: bool = False) -> str:
 
     Every path has one spelling: what may stand as it is is not escaped (so `/%61dmin` passes no rule on `/admin`), escapes
     are valid UTF-8 in upper-case hex, and slashes, backslashes, dots, percent signs, `;` and controls are never escaped.
-    Dot segments and doubled slashes are refused too. All this is refused rather than rewritten, so that policy sees exactly
-    the bytes that are sent. The query is the tool's business: policy does not see it. Raises `CallerError` (ambiguous_path).
+    Dot segments and doubled slashes are refused too, and with `allow_semicolons` also those that come about when parameters
+    are cut off (`/..;x/admin`). All this is refused rather than rewritten, so that policy sees exactly the bytes that are
+    sent. The query is the tool's business: policy does not see it. Raises `CallerError` (ambiguous_path).
     """
     path = target.partition(b"?")[0]
     if path == b"*":
         return "*"
     if not path.startswith(b"/") or b"#" in target:
         raise CallerError(Reason.AMBIGUOUS_PATH, "the target is not a path")
-    plain = path.replace(b";", b"") if allow_semicolons else path
-    if not _SPELT.fullmatch(plain) or _AMBIGUOUS.search(path):
+    spelt = (_SPELT_WITH_PARAMETERS if allow_semicolons else _SPELT).fullmatch(path)
+    text = path.decode("ascii") if spelt else ""
+    if not spelt or _AMBIGUOUS.search(text) or (";" in text and _AMBIGUOUS.search(without_parameters(text))):
         raise CallerError(Reason.AMBIGUOUS_PATH, "the path can be read in two ways; send the canonical one")
-    return path.decode("ascii")
+    return text

@@ -11,6 +11,7 @@ from sidecar.policy.decider import Decider
 from sidecar.policy.load import parse_policy
 
 TOOL = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i", scopes=("a", "b", "c"))
+CALL = 'principal, action == Spanlock::Action::"http.request", resource'
 AGENTS = {"x": Agent("x", "spiffe://td/x"), "y": Agent("y", "spiffe://td/y")}
 
 
@@ -63,6 +64,37 @@ def test_bad_policies_are_refused_with_a_reason(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_policy(text, "test")
     assert caught.value.reason is Reason.POLICY_INVALID
+
+
+@pytest.mark.parametrize(
+    ("path", "permitted"),
+    [("/v1/a", True), ("/v1/a;x=1", True), ("/v1/a;x=1/b;y", True), ("/v1/a;admin", False), ("/admin", False), ("/admin;x", False),
+     ("/v1;x/admin", False), ("/v1/admin", False), ("/v1/admin;x", False), ("/v1/admin;x=/y", False), ("/v2;/v1/a", False)],
+)  # fmt: skip
+def test_d7_a_path_with_parameters_is_asked_about_with_and_without_them(path: str, permitted: bool) -> None:
+    """Some tools cut `;…` off each segment and others do not: what either would serve must be permitted."""
+    chosen = decider(
+        f'permit({CALL}) when {{ context.path like "/v1*" }};'
+        f'forbid({CALL}) when {{ context.path like "/v1/admin*" }};'
+        f'forbid({CALL}) when {{ context.path like "*;admin*" }};'
+    )
+    for _ in range(2):  # the second from the memo
+        if permitted:
+            chosen.decide_request("x", "w", TOOL, "GET", path)
+        else:
+            with pytest.raises(Denied) as caught:
+                chosen.decide_request("x", "w", TOOL, "GET", path)
+            assert caught.value.reason is Reason.POLICY_DENIED
+
+
+def test_d7_the_obligations_of_both_readings_count() -> None:
+    chosen = decider(
+        f'@id("p") @ttl("300") @scopes("a b") permit({CALL}) when {{ context.path like "*;*" }};'
+        f'@id("q") @ttl("60") @scopes("b c") permit({CALL}) when {{ context.path == "/v1" }};'
+        '@id("r") permit(principal, action, resource);'
+    )
+    permit = chosen.decide_request("x", "w", TOOL, "GET", "/v1;x")
+    assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q", "r"))
 
 
 RULES = (
