@@ -106,7 +106,7 @@ async def test_h4_a_credential_never_travels_over_cleartext() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[::1", "[api.x.com]:443", "api.x.com:443 ", "api.x.com:0443", "api.x.com:", "api.x.com:99999", "user@api.x.com", "a b",
-     "api.x.com:+443", "", ":443", "api..x.com", "-a.com:443", "a/b:443"],
+     "api.x.com:+443", "", ":443", "api..x.com", "-a.com:443", "a/b:443", "[fe80::1%25eth0]", "[fe80::1%eth0]:443", "[::1%]"],
 )  # fmt: skip
 def test_h5_odd_authorities_are_refused(text: str) -> None:
     with pytest.raises(CallerError):
@@ -128,6 +128,41 @@ def test_h5_one_spelling_for_each_destination(text: str, host: str) -> None:
 def test_h8_look_alikes_match_no_tool(text: str) -> None:
     with pytest.raises(CallerError):
         Router([TOOL]).by_authority(parse_authority(text, 443), "https")
+
+
+async def test_h8_a_host_header_is_ascii() -> None:
+    """Clients send A-labels. What is no ASCII is refused as it is: to IDNA, a name with a soft hyphen is the name without."""
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        port, tool = port_of(workflow.proxy_url), f"{stage.search.host}:{stage.search.port}".encode()
+        for host in (b"local\xadhost", "127\u30020.0.1".encode(), "\u1d38ocalhost".encode(), b"\xe9." * 30_000):
+            answer = await raw(port, b"GET /search/ HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+            assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "authority_mismatch")
+        async with tunnel(stage, port, stage.search) as (reader, writer):
+            writer.write(
+                b"GET / HTTP/1.1\r\nHost: " + tool.replace(b".tool", b".to\xadol") + b"\r\nConnection: close\r\n\r\n"
+            )
+            assert reason_of(await reader.read()) == "authority_mismatch"
+        assert stage.search.requests == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["\u00e9" * 60_000, "\u00e9." * 30_000, "a" * 60_000, "[" + ":" * 60_000, "a." * 130 + "com"]
+)
+def test_h8_a_name_longer_than_any_is_refused_before_idna_reads_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(host: str) -> str:
+        raise AssertionError(f"{len(host)} characters were read")
+
+    monkeypatch.setattr("sidecar.tools.names.parse_host", read)
+    monkeypatch.setattr("sidecar.tools.names._ipv6", read)
+    with pytest.raises(CallerError) as caught:
+        parse_authority(text, 443)
+    assert caught.value.reason is Reason.AUTHORITY_MISMATCH
+
+
+def test_h8_the_longest_name_is_none_too_long() -> None:
+    longest = ".".join(["a" * 63] * 3 + ["b" * 61])
+    assert parse_authority(f"{longest}.:65535", None) == Authority(longest, 65535)
 
 
 def test_h9_an_empty_list_denies() -> None:

@@ -25,7 +25,10 @@ def _mismatch(detail: str) -> CallerError:
 
 
 def _text(raw: bytes) -> str:
-    return raw.decode("latin-1")
+    """A destination as it came. Clients send A-labels; IDNA is for configuration, as what it maps has many spellings."""
+    if not raw.isascii():
+        raise _mismatch("a host name that is not ASCII; send its A-labels (xn--…)")
+    return raw.decode("ascii")
 
 
 def connect(head: RequestHead, router: Router) -> tuple[Authority, Tool]:
