@@ -7,6 +7,7 @@ import random
 import re
 import ssl
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from unicodedata import category
 from urllib.parse import quote, unquote
@@ -214,6 +215,31 @@ def test_p8_the_agents_own_credentials_go_and_connection_cannot_take_ours() -> N
     assert sent.count(b"authorization") == 1 and b"authorization: bearer ours" in sent and b"x-kept: yes" in sent
     for gone in (b"one", b"two", b"three", b"four", b"five", b"x-gone", b"proxy-", b"connection"):
         assert gone not in sent
+
+
+@pytest.mark.parametrize(
+    "other", ["X_Custom_Key", "X.Custom.Key", "x-custom_key", "X~Custom!Key", "_X-Custom-Key", "X_Other_Secret"]
+)
+def test_p8_no_spelling_of_the_credentials_header_goes_on_beside_ours(other: str) -> None:
+    """Gateway interfaces (CGI, WSGI) make one variable of all of these."""
+    tool = replace(TOOL, header="x-custom-key", client_headers=("X-Other-Secret".lower(),))
+    raw_head = f"GET / HTTP/1.1\r\nHost: api.x.com\r\n{other}: theirs\r\nX_Kept: yes\r\n\r\n".encode()
+    sent = inject(parse_request(raw_head), Route(tool, "/", b"/"), b"OURS").head
+    assert b"x-custom-key: OURS" in sent and b"theirs" not in sent and b"x_kept: yes" in sent
+
+
+@pytest.mark.parametrize(
+    "name", ["Authorization", "x.api.key", "X_Api_Key", "Api.Key", "ApiKey", "X-Goog-Api-Key", "Cookie_", "X.Amz.Date", "DPoP",
+             "X.Forwarded.For", "x+spanlock+workflow", "Proxy.Authorization", "Content.Length", "Transfer_Encoding"],
+)  # fmt: skip
+def test_p8_credentials_of_any_scheme_and_spelling_are_stripped(name: str) -> None:
+    assert stripped(name.lower().encode())
+
+
+def test_p8_what_connection_names_goes_in_every_spelling() -> None:
+    raw_head = b"GET / HTTP/1.1\r\nHost: api.x.com\r\nConnection: x-a, X_B\r\nX_A: gone\r\nX-A: gone\r\nX_B: gone\r\nX-C: kept\r\n\r\n"
+    sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer OURS").head
+    assert b"gone" not in sent and b"x-c: kept" in sent
 
 
 def test_l7_forwarding_headers_of_the_agent_are_dropped() -> None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from sidecar.errors import CallerError, Reason, UpstreamError
+from sidecar.model.tool import folded
 from sidecar.proxy.framing import NO_BODY, Framing
 
 MAX_HEAD = 64 * 1024
@@ -36,6 +37,8 @@ class Field(NamedTuple):
     value: bytes
     line: bytes
     """The field as it is sent on, `name: value` and CRLF; nothing when it stops here."""
+    folded: bytes
+    """The name as servers may read it: what is to be replaced is known by this."""
 
 
 class Fields:
@@ -66,7 +69,8 @@ class Fields:
             if match is None:
                 return None
             name, value = match[1].lower(), match[2].rstrip(b" \t")
-            fields.append(Field(name, value, b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)))
+            sent = b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)
+            fields.append(Field(name, value, sent, folded(name)))
         self._remember(lines, fields)
         return fields
 
@@ -161,7 +165,7 @@ _VOID_IF_REPEATED = frozenset((b"authorization", b"traceparent"))
 def _request(method: bytes, target: bytes, headers: list[Field]) -> RequestHead:
     """Checks what the fields mean together."""
     seen: dict[bytes, bytes] = {}
-    for name, value, _ in headers:
+    for name, value, _, _ in headers:
         if name in _MEANT:
             seen[name] = _repeated(name, seen[name], value) if name in seen else value
     get = seen.get
@@ -231,7 +235,7 @@ def parse_response(head: bytes, method: bytes, reader: Fields) -> ResponseHead:
     minor, status, phrase = read
     length = coding = None
     connection = b""
-    for name, value, _ in fields:
+    for name, value, _, _ in fields:
         if name not in _FRAMING:
             continue
         if name == b"content-length":
