@@ -20,6 +20,7 @@ class Reason(StrEnum):
     EARLY_DATA = "early_data"
     AUTHORITY_MISMATCH = "authority_mismatch"
     AMBIGUOUS_PATH = "ambiguous_path"
+    FOREIGN_CREDENTIAL = "foreign_credential"
     UNKNOWN_TOOL = "unknown_tool"
     CLEARTEXT_REFUSED = "cleartext_refused"
     REQUEST_TIMEOUT = "request_timeout"
@@ -140,6 +141,10 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "The path could be read in two ways (dot segments, doubled slashes, ';', an escape that is not needed or not UTF-8).",
         "Send the canonical path: escape only what cannot stand as it is (letters, digits and -._~!$&'()*+,=:@ can), "
         "as UTF-8 in upper-case hex (%C3%A9), and never a slash, backslash, dot, percent sign, ';' or control.",
+    ),
+    Reason.FOREIGN_CREDENTIAL: Explanation(
+        "The query has a credential of the agent's own beside the one that is injected.",
+        "Leave access_token, client_secret, api_key and apikey out of the query; the sidecar sends the credential.",
     ),
     Reason.UNKNOWN_TOOL: Explanation(
         "The destination is not a configured tool, and there is no passthrough.",

@@ -242,6 +242,27 @@ def test_p8_what_connection_names_goes_in_every_spelling() -> None:
     assert b"gone" not in sent and b"x-c: kept" in sent
 
 
+@pytest.mark.parametrize(
+    "query",
+    ["access_token=x", "a=b&access_token=x", "a;ACCESS_TOKEN=x", "access%5Ftoken=x", "%61ccess_to%6Ben=x", "access.token=x", "access_token",
+     "access%20token=x", "+access_token=x", "%20access_token=x", "access_token[]=x", "access_token%5B%5D=x", "client_secret=x",
+     "api_key=x", "api-key=x", "apikey=x", "apiKey=x", "a&&api_key"],
+)  # fmt: skip
+def test_p8_a_credential_in_the_query_is_refused(query: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        Router([TOOL]).route(TOOL, b"/a?" + query.encode())
+    assert caught.value.reason is Reason.FOREIGN_CREDENTIAL
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "a=access_token", "key=x", "token=x", "my_access_token=x", "access_tokens=x", "next=%2Fa%3Faccess_token%3Dx", "a=%26api_key%3Dx",
+     "api_keys", "access_token_id=x", "sig=api_key%3D", "q=?access_token=x", "&=&;;="],
+)  # fmt: skip
+def test_p8_a_query_without_a_credential_goes_on(query: str) -> None:
+    assert Router([TOOL]).route(TOOL, b"/a?" + query.encode()).target == b"/a?" + query.encode()
+
+
 def test_l7_forwarding_headers_of_the_agent_are_dropped() -> None:
     raw_head = b"GET / HTTP/1.1\r\nHost: api.x.com\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nVia: x\r\nX-Forwarded-Host: evil\r\n\r\n"
     sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer x").head.lower()

@@ -12,6 +12,7 @@ STATUS: dict[Reason, int] = {
     Reason.EARLY_DATA: 400,
     Reason.AUTHORITY_MISMATCH: 403,
     Reason.AMBIGUOUS_PATH: 400,
+    Reason.FOREIGN_CREDENTIAL: 400,
     Reason.UNKNOWN_TOOL: 403,
     Reason.CLEARTEXT_REFUSED: 403,
     Reason.REQUEST_TIMEOUT: 408,

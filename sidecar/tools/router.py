@@ -24,6 +24,21 @@ _SPELT_WITH_PARAMETERS = re.compile(f"(?:(?:{_PLAIN}|;)++|{'|'.join(_ESCAPES)})*
 _AMBIGUOUS = re.compile(r"//|/\.{1,2}(?:/|$)")
 
 
+def _letters(word: str) -> str:
+    """A pattern of `word` in a query, where any letter may be escaped."""
+    return "".join(f"(?:{letter}|%{ord(letter):02x}|%{ord(letter.upper()):02x})" for letter in word)
+
+
+_OTHER = "(?:[^0-9a-z%&;=]|%(?:[012][0-9a-f]|3[a-f]|40|5[b-f]|60|7[b-f]))"
+"""No letter or digit: servers make one character of many of these, and cut them off at the ends."""
+_NAMES = [
+    f"{_letters('access')}{_OTHER}{_letters('token')}",
+    f"{_letters('client')}{_OTHER}{_letters('secret')}",
+    f"{_letters('api')}{_OTHER}?{_letters('key')}",
+]
+_CREDENTIAL = re.compile(f"(?i)(?:^|[&;]){_OTHER}*+(?=[ac%])(?:{'|'.join(_NAMES)}){_OTHER}*+(?:[=&;]|$)".encode())
+
+
 class Router:
     """Compiled from the configured tools; a reload makes a new one. Look-ups do not grow with the number of tools."""
 
@@ -61,11 +76,15 @@ class Router:
             raise CallerError(Reason.UNKNOWN_TOOL, f"tool {tool.name} was changed or removed meanwhile; call again")
 
     def route(self, tool: Tool, target: bytes) -> Route:
-        """The route of `target` (path and query) at `tool`. Raises `CallerError` (unknown_tool, ambiguous_path)."""
+        """The route of `target` (path and query) at `tool`.
+
+        Raises `CallerError` (unknown_tool, ambiguous_path, foreign_credential).
+        """
         key = (tool.name, target)
         route = self._memo.get(key)
         if route is None or route.tool is not tool:
             self.require(tool)
+            refuse_credentials(target)
             route = Route(tool, canonical_path(target, tool.allow_semicolons), target)
             if len(self._memo) >= _MEMO:
                 self._memo.clear()
@@ -93,3 +112,16 @@ def canonical_path(target: bytes, allow_semicolons: bool = False) -> str:
     if not spelt or _AMBIGUOUS.search(text) or (";" in text and _AMBIGUOUS.search(without_parameters(text))):
         raise CallerError(Reason.AMBIGUOUS_PATH, "the path can be read in two ways; send the canonical one")
     return text
+
+
+def refuse_credentials(target: bytes) -> None:
+    """Refuses a query that names a credential: the tool gets ours in a header, and two would be for it to choose from (P8).
+
+    RFC 6750 says that one request uses one method only. What is refused is `access_token`, `client_secret`, `api_key` and
+    `apikey`, as lenient servers read them; `key` and `token` mean other things too often.
+    Raises `CallerError` (foreign_credential).
+    """
+    if _CREDENTIAL.search(target.partition(b"?")[2]):
+        raise CallerError(
+            Reason.FOREIGN_CREDENTIAL, "the query has a credential; the tool gets its credential in a header"
+        )
