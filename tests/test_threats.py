@@ -269,6 +269,24 @@ def test_l7_forwarding_headers_of_the_agent_are_dropped() -> None:
     assert b"forwarded" not in sent and b"via" not in sent and b"evil" not in sent
 
 
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "X_Forwarded_Proto", "Forwarded", "X-Real-IP", "X-Host", "X-Original-Host", "True-Client-IP", "X-Client-IP",
+             "X-Cluster-Client-IP", "CF-Connecting-IP", "X-Original-URL", "X-Rewrite-URL"],
+)  # fmt: skip
+def test_l7_no_field_that_an_intermediary_would_write_goes_on(name: str) -> None:
+    assert stripped(name.lower().encode())
+
+
+@pytest.mark.parametrize(
+    "name", ["X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method", "x_http_method_override"]
+)
+async def test_policy_sees_the_method_that_the_tool_sees(name: str) -> None:
+    """Many frameworks take a POST with one of these for another method, which policy was not asked about."""
+    async with plain_tool(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as (_, agent, seen):
+        assert (await agent.post("/legacy/items/1", headers={name: "DELETE"})).status_code == 200
+        assert seen[0].startswith(b"POST /items/1 ") and b"DELETE" not in seen[0]
+
+
 async def test_p13_a_denied_call_costs_no_dns_no_connection_and_no_exchange() -> None:
     async with ready_stage() as stage:
         workflow = await opened(stage, listener=True)

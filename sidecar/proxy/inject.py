@@ -15,9 +15,14 @@ _CREDENTIALS = (
     b"x-access-token", b"private-token", b"x-goog-api-key", b"apikey", b"x-spanlock-workflow",
 )  # fmt: skip
 # What intermediaries tell each other: an agent has no say in it (L7), and baggage leaks to strangers.
-_FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"baggage", b"x-original-url", b"x-rewrite-url")
+_FORWARDING = (
+    b"forwarded", b"via", b"x-real-ip", b"baggage", b"x-original-url", b"x-rewrite-url", b"x-host", b"x-original-host",
+    b"true-client-ip", b"x-client-ip", b"x-cluster-client-ip", b"cf-connecting-ip",
+)  # fmt: skip
+# With these, frameworks serve another method than the one that policy saw.
+_OVERRIDES = (b"x-http-method-override", b"x-method-override", b"x-http-method")
 _BODY_EXPECTED = frozenset((b"POST", b"PUT", b"PATCH"))
-_STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING)
+_STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING + _OVERRIDES)
 
 
 class OutboundRequest(NamedTuple):
