@@ -19,6 +19,7 @@ class Reason(StrEnum):
     UPGRADE_REFUSED = "upgrade_refused"
     EARLY_DATA = "early_data"
     AUTHORITY_MISMATCH = "authority_mismatch"
+    CROSS_SITE = "cross_site"
     AMBIGUOUS_PATH = "ambiguous_path"
     FOREIGN_CREDENTIAL = "foreign_credential"
     UNKNOWN_TOOL = "unknown_tool"
@@ -136,6 +137,10 @@ EXPLANATIONS: dict[Reason, Explanation] = {
     Reason.AUTHORITY_MISMATCH: Explanation(
         "CONNECT target, TLS server name and Host do not name one destination.",
         "Send the same name in all of them. If the client is unmodified, something is trying to redirect a credential.",
+    ),
+    Reason.CROSS_SITE: Explanation(
+        "A web page of another site sent this to the base-URL listener by way of a browser here.",
+        "Call from a program, without an Origin or Sec-Fetch-Site of another site.",
     ),
     Reason.AMBIGUOUS_PATH: Explanation(
         "The path could be read in two ways (dot segments, doubled slashes, ';', an escape that is not needed or not UTF-8).",

@@ -526,6 +526,37 @@ async def test_n6_the_base_url_listener_answers_to_loopback_names_only() -> None
         assert reason_of(answer) == "authority_mismatch"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    ["Origin: https://evil.test", "Origin: null", "Origin: http://localhost.evil.test", "Origin: http://127.0.0.1@evil.test", "Origin:",
+     "Origin: chrome-extension://abcdef", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "sec-fetch-site: Cross-Site",
+     "Origin: https://evil.test\r\nSec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors", "Origin: http://127.0.0.1:8000 https://evil.test",
+     "Origin: http://localhost\r\nSec-Fetch-Site: same-site", "Sec-Fetch-Site: new-site"],
+)  # fmt: skip
+async def test_n6_a_web_page_reaches_no_tool_by_base_url(fields: str) -> None:
+    """A page in a browser of the agent's needs no handle at a workflow's own listener, and no-cors asks nobody."""
+    async with ready_stage() as stage:
+        port = port_of((await opened(stage, listener=True)).proxy_url)
+        head = f"POST /search/x HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{fields}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        answer = await raw(port, head.encode())
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "cross_site")
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
+
+
+async def test_n6_what_no_other_site_sent_goes_on() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        port = port_of(workflow.proxy_url)
+        for fields in ("X: y", "Origin: http://localhost:3000", f"Origin: http://127.0.0.1:{port}\r\nSec-Fetch-Site: same-origin",
+                       "Origin: https://[::1]", "Sec-Fetch-Site: none"):  # fmt: skip
+            answer = await raw(
+                port, f"GET /search/x HTTP/1.1\r\nHost: localhost\r\n{fields}\r\nConnection: close\r\n\r\n".encode()
+            )
+            assert answer.startswith(b"HTTP/1.1 200"), (fields, answer)
+        async with client(stage, workflow.proxy_url, headers={"Origin": "https://app.test"}) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200, "the tool's own business"
+
+
 class Names:
     """The machine's resolver, told by the test what to say."""
 

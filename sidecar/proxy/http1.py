@@ -100,6 +100,9 @@ class RequestHead:
     connection: bytes | None
     authorization: bytes | None
     traceparent: bytes | None
+    origin: bytes | None
+    """With `fetch_site`, what a browser says of the page that a request is from."""
+    fetch_site: bytes | None
 
 
 @dataclass(slots=True)
@@ -151,7 +154,7 @@ def parse_request(head: bytes, reader: Fields) -> RequestHead:
 
 _MEANT = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"authorization",
-     b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings")
+     b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings", b"origin", b"sec-fetch-site")
 )  # fmt: skip
 """The fields that mean something to us."""
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
@@ -192,6 +195,8 @@ def _request(method: bytes, target: bytes, headers: list[Field]) -> RequestHead:
         connection,
         get(b"authorization") or None,
         get(b"traceparent") or None,
+        get(b"origin"),
+        get(b"sec-fetch-site"),
     )
 
 

@@ -11,6 +11,7 @@ STATUS: dict[Reason, int] = {
     Reason.UPGRADE_REFUSED: 400,
     Reason.EARLY_DATA: 400,
     Reason.AUTHORITY_MISMATCH: 403,
+    Reason.CROSS_SITE: 403,
     Reason.AMBIGUOUS_PATH: 400,
     Reason.FOREIGN_CREDENTIAL: 400,
     Reason.UNKNOWN_TOOL: 403,
