@@ -9,7 +9,7 @@ from typing import Literal
 
 from sidecar.errors import CallerError, Reason
 from sidecar.model.tool import Authority, Tool
-from sidecar.proxy.egress import is_loopback
+from sidecar.proxy.egress import is_loopback, stays_here
 from sidecar.proxy.http1 import RequestHead
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
@@ -70,8 +70,7 @@ def absolute(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
                 Reason.CLEARTEXT_REFUSED, f"{authority.host} is a tool over https; use an https:// URL"
             ) from None
         raise
-    if not tool.allow_cleartext and not is_loopback(authority.host):
-        raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
+    _refuse_cleartext(tool)
     return tool, target
 
 
@@ -88,9 +87,14 @@ def reverse(head: RequestHead, router: Router) -> tuple[Tool, bytes]:
     name, slash, rest = head.target[1:].partition(b"/")
     name, query, parameters = name.partition(b"?")
     tool = router.by_segment(name)
-    if tool.scheme == "http" and not tool.allow_cleartext and not is_loopback(tool.authority.host):
-        raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
+    _refuse_cleartext(tool)
     return tool, (b"/" + rest if slash else b"/" + query + parameters)
+
+
+def _refuse_cleartext(tool: Tool) -> None:
+    """No credential over plain http beyond this machine, unless the tool says so (H4). The dialled address is checked again."""
+    if tool.scheme == "http" and not tool.allow_cleartext and not stays_here(tool):
+        raise CallerError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
 
 
 @lru_cache(maxsize=1024)

@@ -76,10 +76,16 @@ async def addresses(tool: Tool, resolve: Resolve) -> list[str]:
     """The checked addresses of `tool`, to dial in this order.
 
     The operator's own `address` is taken as given. Otherwise every answer must be allowed: one private answer among
-    public ones is an attack or a mistake, and both are refused. Raises `UpstreamError` (dns_failed, address_refused).
+    public ones is an attack or a mistake, and both are refused. Plain http is dialled on this machine only, whatever the
+    name said, unless the tool allows cleartext. Raises `UpstreamError` (dns_failed, address_refused, cleartext_refused).
     """
-    if tool.address is not None:
-        return [tool.address]
+    checked = [tool.address] if tool.address is not None else await _resolved(tool, resolve)
+    if tool.scheme == "http" and not tool.allow_cleartext and not all(map(is_loopback, checked)):
+        raise UpstreamError(Reason.CLEARTEXT_REFUSED, f"tool {tool.name} is plain http and not on this machine")
+    return checked
+
+
+async def _resolved(tool: Tool, resolve: Resolve) -> list[str]:
     host = tool.authority.host
     try:
         answers = [host] if _is_literal(host) else await resolve(host, tool.authority.port)
@@ -107,3 +113,8 @@ def _is_literal(host: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Whether `host` is this machine by its own word: a loopback literal or `localhost`."""
     return host == "localhost" or (_is_literal(host) and ip_address(host).is_loopback)
+
+
+def stays_here(tool: Tool) -> bool:
+    """Whether `tool` is on this machine by the operator's word: where it is dialled, else by its name."""
+    return is_loopback(tool.address or tool.authority.host)

@@ -1,5 +1,6 @@
 """Where a credential may travel to (N1, N2, N6)."""
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -75,6 +76,25 @@ async def test_a_fixed_address_asks_no_resolver() -> None:
     asked: list[str] = []
     assert await answer("1.1.1.1", asked=asked, of=tool(address="127.0.0.1")) == ["127.0.0.1"]
     assert asked == []
+
+
+async def test_h4_plain_http_is_dialled_on_this_machine_only() -> None:
+    """By address, whatever the name promised."""
+    plain = replace(tool(), scheme="http", authority=Authority("localhost", 80))
+    far = {"allow_networks": (ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8"))}
+    for answers in (["1.1.1.1"], ["10.0.0.1"], ["127.0.0.1", "10.0.0.1"]):
+        with pytest.raises(UpstreamError) as caught:
+            await answer(*answers, of=replace(plain, **far))
+        assert caught.value.reason is Reason.CLEARTEXT_REFUSED
+        assert await answer(*answers, of=replace(plain, allow_cleartext=True, **far)) == answers
+    with pytest.raises(UpstreamError) as caught:
+        await answer(of=replace(plain, address="203.0.113.7"))
+    assert caught.value.reason is Reason.CLEARTEXT_REFUSED
+    assert await answer(
+        "127.0.0.1", "::1", of=replace(plain, allow_networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
+    )
+    assert await answer(of=replace(plain, address="127.0.0.2")) == ["127.0.0.2"]
+    assert await answer(of=replace(plain, address="203.0.113.7", allow_cleartext=True)) == ["203.0.113.7"]
 
 
 async def test_names_that_do_not_resolve() -> None:
