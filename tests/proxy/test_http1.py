@@ -250,6 +250,23 @@ def test_a_line_seen_before_is_read_the_same() -> None:
     assert len(reader._known) <= 64, "what a connection remembers is bounded"
 
 
+@pytest.mark.parametrize("lines", [13_000, MAX_FIELDS + 1])
+def test_a_head_of_too_many_lines_is_refused_before_they_are_read(lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Fields, lines: list[bytes]) -> None:
+        raise AssertionError(f"{len(lines)} lines were read")
+
+    fields = b"\r\n".join(b"%x:" % number for number in range(lines))
+    good = b"\r\n".join(b"%x:" % number for number in range(MAX_FIELDS - 1))
+    assert len(http1.parse_request(b"GET / HTTP/1.1\r\n" + HOST + good, Fields(stripped)).headers) == MAX_FIELDS
+    assert len(http1.parse_response(b"HTTP/1.1 200 OK\r\n" + good, b"GET", Fields(withheld)).headers) == MAX_FIELDS - 1
+    monkeypatch.setattr(Fields, "read", read)
+    with pytest.raises(CallerError) as refused:
+        http1.parse_request(b"GET / HTTP/1.1\r\n" + fields, Fields(stripped))
+    assert refused.value.reason is Reason.MALFORMED_REQUEST and str(MAX_FIELDS) in refused.value.detail
+    with pytest.raises(UpstreamError, match="more than 128 header fields"):
+        http1.parse_response(b"HTTP/1.1 200 OK\r\n" + fields, b"GET", Fields(withheld))
+
+
 @pytest.mark.parametrize("prefix", [b"GET / HTTP/1.1\r\nX:", b"GET ", b"GET / HTTP/1.1\r\n"])
 def test_a_head_of_64_kib_that_does_not_match_costs_one_pass(prefix: bytes) -> None:
     for filling in (b" ", b"\t", b"a", b"a: b\r\n"):
