@@ -67,7 +67,7 @@ class Decider:
             reasons = [r for reading in readings for r in self._yes(question, {"method": method, "path": reading})]
             return self._permit(question, reasons, tool.scopes)
         except Denied as denied:
-            return denied
+            return denied.with_traceback(None)  # frames would stay with the memo
 
     def decide_open(self, agent: str, name: str) -> Permit:
         """May `agent` open a workflow of this name? Raises `Denied`."""

@@ -123,6 +123,15 @@ def test_the_memo_answers_what_a_fresh_decision_answers(agent: str, workflow: st
     assert first == again == ask(decider(RULES))
 
 
+def test_a_remembered_no_holds_no_frame() -> None:
+    """Its traceback would hold what the first call was about, in a cycle, for as long as the answer is remembered."""
+    chosen = decider("forbid(principal, action, resource);")
+    with pytest.raises(Denied):
+        chosen.decide_request("x", "w", TOOL, "GET", "/")
+    (answer,) = chosen._memo.values()
+    assert isinstance(answer, Denied) and answer.__traceback__ is None and answer.__context__ is None
+
+
 def test_a_reload_cuts_the_memo() -> None:
     chosen = decider("permit(principal, action, resource);")
     before = chosen.decide_request("x", "w", TOOL, "GET", "/")
