@@ -21,6 +21,8 @@ _FORWARDING = (
 )  # fmt: skip
 # With these, frameworks serve another method than the one that policy saw.
 _OVERRIDES = (b"x-http-method-override", b"x-method-override", b"x-http-method")
+_NAMES_NONE = frozenset((b"keep-alive", b"close"))
+"""What `Connection` says nearly always, and then it names no field that would go on."""
 _BODY_EXPECTED = frozenset((b"POST", b"PUT", b"PATCH"))
 _STRIPPED = frozenset(_HOP_BY_HOP + _CREDENTIALS + _FORWARDING + _OVERRIDES)
 
@@ -44,7 +46,7 @@ def inject(head: RequestHead, route: Route, credential: bytes) -> OutboundReques
     ours goes on, so it can never take ours off.
     """
     replaced = route.replaced
-    if head.connection is not None:
+    if head.connection is not None and head.connection not in _NAMES_NONE:
         replaced = replaced.union(map(folded, named_by(head.connection)))
     parts = [head.method, route.opening]
     parts += [line for _, _, line, name in head.headers if name not in replaced]
