@@ -19,7 +19,9 @@ class Reason(StrEnum):
     UPGRADE_REFUSED = "upgrade_refused"
     EARLY_DATA = "early_data"
     AUTHORITY_MISMATCH = "authority_mismatch"
+    CROSS_SITE = "cross_site"
     AMBIGUOUS_PATH = "ambiguous_path"
+    FOREIGN_CREDENTIAL = "foreign_credential"
     UNKNOWN_TOOL = "unknown_tool"
     CLEARTEXT_REFUSED = "cleartext_refused"
     REQUEST_TIMEOUT = "request_timeout"
@@ -136,9 +138,18 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "CONNECT target, TLS server name and Host do not name one destination.",
         "Send the same name in all of them. If the client is unmodified, something is trying to redirect a credential.",
     ),
+    Reason.CROSS_SITE: Explanation(
+        "A web page of another site sent this to the base-URL listener by way of a browser here.",
+        "Call from a program, without an Origin or Sec-Fetch-Site of another site.",
+    ),
     Reason.AMBIGUOUS_PATH: Explanation(
-        "The path could be read in two ways (dot segments, encoded slashes, NUL, doubled slashes, ';').",
-        "Send the canonical path.",
+        "The path could be read in two ways (dot segments, doubled slashes, ';', an escape that is not needed or not UTF-8).",
+        "Send the canonical path: letters, digits and -._~ as they are, what else is escaped as UTF-8 in upper-case hex "
+        "(%C3%A9), and never a slash, backslash, dot, percent sign, ';' or control escaped.",
+    ),
+    Reason.FOREIGN_CREDENTIAL: Explanation(
+        "The query has a credential of the agent's own beside the one that is injected.",
+        "Leave access_token, client_secret, api_key and apikey out of the query; the sidecar sends the credential.",
     ),
     Reason.UNKNOWN_TOOL: Explanation(
         "The destination is not a configured tool, and there is no passthrough.",

@@ -141,7 +141,9 @@ def tool(name: str, scheme: str, host: str, **fields: Any) -> Tool:
 
 SECURE, PLAIN, NEAR = tool("a", "https", "a.test"), tool("b", "http", "b.test"), tool("c", "http", "127.0.0.1:81")
 OPEN = tool("d", "http", "d.test", allow_cleartext=True)
-ROUTER = Router((SECURE, PLAIN, NEAR, OPEN))
+AWAY = tool("e", "http", "localhost:82", address="203.0.113.7")
+HERE = tool("f", "http", "f.test", address="127.0.0.1")
+ROUTER = Router((SECURE, PLAIN, NEAR, OPEN, AWAY, HERE))
 
 
 def head(line: str, host: str) -> Any:
@@ -180,6 +182,10 @@ def by_base_url(line: str, host: str) -> tuple[str, bytes]:
         (by_absolute_form, "GET HTTP://D.test/", "d.test:80", ("d", b"/")),
         (by_absolute_form, "GET http://b.test/", "b.test", "cleartext_refused"),
         (by_absolute_form, "GET http://a.test/", "a.test", "cleartext_refused"),
+        (by_absolute_form, "GET http://localhost:82/", "localhost:82", "cleartext_refused"),
+        (by_absolute_form, "GET http://f.test/", "f.test", ("f", b"/")),
+        (by_base_url, "GET /e/x", "127.0.0.1", "cleartext_refused"),
+        (by_base_url, "GET /f/x", "127.0.0.1", ("f", b"/x")),
         (by_absolute_form, "GET http://z.test/", "z.test", "unknown_tool"),
         (by_absolute_form, "GET http://d.test/", "c.test", "authority_mismatch"),
         (by_absolute_form, "GET ftp://d.test/", "d.test", "authority_mismatch"),

@@ -46,7 +46,9 @@ class ToolConfig(Section):
         default=(), description="Networks that are not public but may be dialled for this tool."
     )
     allow_cleartext: bool = Field(default=False, description="Send the credential over plain http beyond this machine.")
-    allow_semicolons: bool = Field(default=False, description="Accept `;` in paths.")
+    allow_semicolons: bool = Field(
+        default=False, description="Accept `;` in paths; policy must permit the path with and without `;…`."
+    )
     methods: tuple[str, ...] = Field(default=(), description="Empty: any method; policy decides.")
     ca_file: ConfigFile | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
     header: str = Field(

@@ -165,6 +165,8 @@ policy: {files: [p.cedar]}
 tools:
 - {name: t, url: "http://t.test", issuer: i, export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
 - {name: u, url: "https://10.0.0.1.nip.io", issuer: i}
+- {name: v, url: "http://localhost:81", address: 203.0.113.7, issuer: i}
+- {name: w, url: "http://w.test", address: 127.0.0.1, issuer: i}
 """
     said = "\n".join(warnings(parse(text, "x", tmp_path)))
     for part in (
@@ -173,6 +175,7 @@ tools:
         "issuers[2].secret_env: the variable SPANLOCK_TEST_UNSET is not set", "tools[0]: t is plain http",
         "t exports its real token", f"tools[0].ca_file: {tmp_path}/ca.pem is not PEM",
         f"tools[0].introspection.secret_file: {tmp_path}/gone: No such file", "10.0.0.1.nip.io is the address 10.0.0.1",
+        "tools[2]: v is plain http",
     ):  # fmt: skip
         assert part in said, said
-    assert len(said.splitlines()) == 10
+    assert len(said.splitlines()) == 11
