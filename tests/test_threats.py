@@ -570,8 +570,10 @@ async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent(tmp_pat
             request = token_exchange_pb2.ExchangeRequest(
                 workflow_id=variables[b"SPANLOCK_WORKFLOW"].decode(), tool="search"
             )
-            issued = await token_exchange_pb2_grpc.TokenExchangeStub(channel).Exchange(request)
-            another = await workflows_pb2_grpc.WorkflowsStub(channel).Open(pb.OpenRequest(name="another"))
+            exchange = token_exchange_pb2_grpc.TokenExchangeStub(channel)  # type: ignore[no-untyped-call]
+            workflows = workflows_pb2_grpc.WorkflowsStub(channel)  # type: ignore[no-untyped-call]
+            issued = await exchange.Exchange(request)
+            another = await workflows.Open(pb.OpenRequest(name="another"))
         token = servers.search.authorized[-1].removeprefix("Bearer ")
         assert servers.issuer.active(token) and issued.access_token.startswith("slh_")
         live = [token, issued.access_token, another.handle, *servers._secrets.values()]
@@ -665,7 +667,7 @@ class plain_tool:  # noqa: N801 - used like a function
         self._answer = answer
         self.seen: list[bytes] = []
 
-    async def __aenter__(self) -> tuple[object, httpx.AsyncClient, list[bytes]]:
+    async def __aenter__(self) -> tuple[Stage, httpx.AsyncClient, list[bytes]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while head := await reader.readuntil(b"\r\n\r\n"):

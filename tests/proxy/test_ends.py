@@ -286,7 +286,7 @@ async def test_the_record_says_how_much_went_out_and_how_much_came_back() -> Non
     """What a permitted tool is given is the way out of data: the audit has its size."""
     async with early_tool() as (stage, _, handle):
         records: list[FlowRecord] = []
-        stage.app.audit.flow = records.append  # type: ignore[method-assign]
+        stage.app.audit.flow = records.append  # type: ignore[method-assign, assignment]
         port = port_of(stage.app.addresses["reverse"])
         for more, body in (
             ("Content-Length: 1000", b"x" * 1000),
