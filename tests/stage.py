@@ -1,7 +1,9 @@
 """What most tests need: the embedded stage, a workflow on it, and raw bytes to a proxy port."""
 
 import asyncio
+import random
 import ssl
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any, Protocol
 import grpc.aio
 import httpx
 
-from sidecar.app import App
+from sidecar.app import App, World
 from sidecar.cli.stage import Stage
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
+from tests.fakes.clock import FakeClock
 
 
 class Staged(Protocol):
@@ -33,6 +36,21 @@ async def ready_stage(**options: Any) -> AsyncIterator[Stage]:
     async with Stage(**options) as stage:
         assert await stage.app.svids.wait_ready(10)
         yield stage
+
+
+@asynccontextmanager
+async def timed_stage(**options: Any) -> AsyncIterator[tuple[Stage, FakeClock]]:
+    """A stage whose clock is turned by hand; it is turned on while the sidecar stops."""
+    clock = FakeClock(now=time.time())  # certificates and tokens of the servers are real
+    entered = ready_stage(around=World(clock, random.Random(1)), **options)
+    stage = await entered.__aenter__()
+    try:
+        yield stage, clock
+    finally:
+        stopping = asyncio.ensure_future(entered.__aexit__(None, None, None))
+        while not stopping.done():
+            await clock.advance(1)
+        await stopping
 
 
 @asynccontextmanager

@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import random
-import time
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from sidecar.app import World
 from sidecar.cli.stage import Stage
 from sidecar.errors import CallerError, Reason
 from sidecar.identity.callers import Callers
@@ -18,8 +15,7 @@ from sidecar.model.caller import Agent, Caller
 from sidecar.model.workflow import CloseReason
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.upstream import Upstream
-from tests.fakes.clock import FakeClock
-from tests.stage import call, closed, opened, port_of, ready_stage, reason_of
+from tests.stage import call, closed, opened, port_of, ready_stage, reason_of, timed_stage
 
 
 class Interrupted:
@@ -230,20 +226,15 @@ class Timed:
     """A stage whose clock is turned by hand, with a silent tool."""
 
     async def __aenter__(self) -> "Timed":
-        self.clock = FakeClock(now=time.time())  # certificates and tokens of the servers are real
         self.tool = SilentTool()
         port = await self.tool.start()
-        around = World(self.clock, random.Random(1))
-        self._stage = ready_stage(more=SILENT.format(port=port), policy_for=("silent",), around=around)
-        self.stage = await self._stage.__aenter__()
+        self._stage = timed_stage(more=SILENT.format(port=port), policy_for=("silent",))
+        self.stage, self.clock = await self._stage.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.tool._server.close()
-        stopping = asyncio.ensure_future(self._stage.__aexit__(None, None, None))
-        while not stopping.done():
-            await self.clock.advance(1)
-        await stopping
+        await self._stage.__aexit__(None, None, None)
 
     async def connect(self, request: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(self.stage.app.addresses["reverse"]))
