@@ -29,7 +29,7 @@ class Daemon:
         socket = self.servers.operator_socket if operator else self.servers.agent_socket
         service = admin_pb2_grpc.AdminStub if operator else workflows_pb2_grpc.WorkflowsStub
         async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
-            return await ask(service(channel))  # type: ignore[no-untyped-call]
+            return await ask(service(channel))
 
     async def open(self, **fields: Any) -> pb.OpenResponse:
         response: pb.OpenResponse = await self.call(lambda s: s.Open(pb.OpenRequest(name="test", **fields)))

@@ -16,7 +16,7 @@ from sidecar.model.lease import Lease
 from sidecar.proxy.pool import Pool
 from sidecar.proxy.upstream import Upstream
 from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc
-from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, stub, tunnel, url
+from tests.stage import call, client, closed, opened, port_of, ready_stage, reason_of, stub, tunnel, url
 
 NO_EXCHANGE = """permit(principal, action, resource);
 forbid(principal, action == Spanlock::Action::"token.exchange", resource);
@@ -42,16 +42,6 @@ def without_search(stage: Stage) -> str:
     """The configuration without the tool that most calls here go to."""
     head, _, rest = stage.config_text().partition("- name: search")
     return head + "- name: reports" + rest.partition("- name: reports")[2]
-
-
-def request(stage: Stage, handle: str, path: str = "/search/v1/items") -> bytes:
-    return (
-        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n\r\n".encode()
-    )
-
-
-async def call(stage: Stage, handle: str) -> bytes:
-    return await raw(port_of(stage.app.addresses["reverse"]), request(stage, handle))
 
 
 async def test_an_idle_connection_to_where_a_tool_was_is_not_used_for_where_it_is() -> None:

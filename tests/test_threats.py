@@ -1,17 +1,20 @@
 """The known attacks on such proxies, each row named by its number; real bytes to real sockets on the embedded stage."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
 import ssl
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unicodedata import category
 from urllib.parse import quote, unquote
 
+import grpc.aio
 import httpx
 import pytest
 from hypothesis import given
@@ -19,7 +22,7 @@ from hypothesis import strategies as st
 
 from sidecar.app import World
 from sidecar.cli import environment
-from sidecar.cli.stage import Stage
+from sidecar.cli.stage import Servers, Stage
 from sidecar.client.trust import write_bundle
 from sidecar.clock import SystemClock
 from sidecar.credentials.header import render
@@ -39,6 +42,8 @@ from sidecar.secret import Secret
 from sidecar.tools.config import ToolConfig
 from sidecar.tools.names import embeds_ip, parse_authority
 from sidecar.tools.router import Router, canonical_path
+from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2_grpc
+from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
 
 TOOL = Tool(name="search", scheme="https", authority=Authority("api.x.com", 443), issuer="i")
@@ -745,18 +750,55 @@ async def test_l2_the_ca_key_is_nowhere_on_disk_and_signs_for_tools_only() -> No
         authority.leaf("evil.test")
 
 
-async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent() -> None:
-    async with ready_stage() as stage:
-        workflow = await opened(stage, listener=True)
-        async with client(stage, workflow.proxy_url) as agent:
-            await agent.get(url(stage.search))
-        token = stage.search.authorized[-1].removeprefix("Bearer ")
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            for name in ("environ", "cmdline"):
-                try:
-                    assert token.encode() not in path.with_name(name).read_bytes()
-                except OSError:
-                    continue
+SHAPES = re.compile(rb"slw_[0-9a-f]{8}|slh_[0-9a-f]{8}|eyJ[\w-]{8}|PRIVATE KEY")
+"""What a workflow's handle, a credential's handle, any JWT (token or SVID) and a key look like."""
+
+
+def processes_of(root: int) -> dict[int, bytes]:
+    """The process `root` and all that descend from it, each with its arguments and its environment, as the kernel shows them."""
+    found = {root: b""}
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    while more := {pid for pid, parent in parents.items() if parent in found} - set(found):
+        found.update(dict.fromkeys(more, b""))
+    for pid in found:
+        found[pid] = b"\0\0".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+    return found
+
+
+async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent(tmp_path: Path) -> None:
+    """`exec` with a sidecar of its own, while the command runs and holds a live token and both kinds of handle."""
+    async with Servers() as servers:
+        script = f"curl -sS -o {tmp_path}/answer {url(servers.search)} && echo called && read line"
+        words = ("-m", "sidecar", "exec", "-c", f"{servers.dir}/spanlock.yaml", "--", "bash", "-c", script)
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SPANLOCK_RUN_DIR": f"{tmp_path}/nobody"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *words, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert process.stdout is not None and await process.stdout.readline() == b"called\n"
+        shown = await asyncio.to_thread(processes_of, process.pid)
+        (agent,) = (text for text in shown.values() if text.startswith(b"bash\0-c"))
+        assert sum(b"--embedded-in" in text for text in shown.values()) == 1, "the sidecar is among those looked at"
+        variables = dict(entry.split(b"=", 1) for entry in agent.partition(b"\0\0")[2].split(b"\0") if b"=" in entry)
+        async with grpc.aio.insecure_channel("unix:" + variables[b"SPANLOCK_SOCKET"].decode()) as channel:
+            request = token_exchange_pb2.ExchangeRequest(
+                workflow_id=variables[b"SPANLOCK_WORKFLOW"].decode(), tool="search"
+            )
+            exchange = token_exchange_pb2_grpc.TokenExchangeStub(channel)  # type: ignore[no-untyped-call]
+            workflows = workflows_pb2_grpc.WorkflowsStub(channel)  # type: ignore[no-untyped-call]
+            issued = await exchange.Exchange(request)
+            another = await workflows.Open(pb.OpenRequest(name="another"))
+        token = servers.search.authorized[-1].removeprefix("Bearer ")
+        assert servers.issuer.active(token) and issued.access_token.startswith("slh_")
+        live = [token, issued.access_token, another.handle, *servers._secrets.values()]
+        for text in (await asyncio.to_thread(processes_of, process.pid)).values():
+            assert b"PATH=" in text, "the environment was there to be read"
+            assert not [secret for secret in live if secret.encode() in text] and not SHAPES.search(text)
+        await asyncio.wait_for(process.communicate(b"\n"), 50)
+        assert process.returncode == 0 and servers.issuer.active(token) is None
 
 
 def lead_to(stage: Stage, port: int) -> None:
@@ -842,7 +884,7 @@ class plain_tool:  # noqa: N801 - used like a function
         self._answer = answer
         self.seen: list[bytes] = []
 
-    async def __aenter__(self) -> tuple[object, httpx.AsyncClient, list[bytes]]:
+    async def __aenter__(self) -> tuple[Stage, httpx.AsyncClient, list[bytes]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while head := await reader.readuntil(b"\r\n\r\n"):

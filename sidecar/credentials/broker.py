@@ -137,6 +137,8 @@ class Broker:
         started = self._clock.monotonic()
         lease = held.lease
         try:
+            if lease.state is not LeaseState.PENDING:
+                raise CallerError(Reason.LEASE_GONE, "the lease was dropped before its exchange began")
             credential, header = await self._mint.credential(held, lease.ttl)
         except SpanlockError as error:
             self._events.tell(held, "issue_failed", reason=str(error.reason), since=started)
@@ -303,7 +305,8 @@ class Broker:
 
     async def _renewing(self, held: Held) -> None:
         try:
-            await self._renew(held)
+            if held.lease.state in USABLE:
+                await self._renew(held)
         finally:
             held.exchanging = None
 

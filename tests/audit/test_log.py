@@ -25,7 +25,8 @@ def numbers(lines: bytes) -> list[int]:
 
 
 def test_records_are_whole_lines_in_order_and_only_the_owner_reads_them(tmp_path: Path) -> None:
-    path, lost = tmp_path / "audit.jsonl", []
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
     log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
     for number in range(120):
         log.workflow(record(number))
@@ -88,7 +89,8 @@ def test_a_standard_output_whose_reader_has_gone_is_said() -> None:
 
 
 def test_a_record_that_is_no_json_stops_nothing(tmp_path: Path) -> None:
-    path, lost = tmp_path / "audit.jsonl", []
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
     log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
     log.workflow(record(1)._replace(name="\ud800"))
     log.flush()
@@ -120,7 +122,8 @@ def whole(lines: bytes) -> list[int]:
 
 
 def test_the_record_after_a_half_written_one_has_its_own_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, lost = tmp_path / "audit.jsonl", []
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
     log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
     size = len(encode(record(1)))
     disk = Disk(size + 9)

@@ -89,7 +89,7 @@ async def test_workflows_and_leases_name_everything_but_a_value() -> None:
 
 
 async def test_revoke_needs_to_be_told_what_and_tells_the_outcome() -> None:
-    async with ready_stage() as stage:
+    async with ready_stage(more="credentials: {{revoke_deadline: 0.3}}\n") as stage:
         workflow = await opened(stage, listener=True)
         async with client(stage, workflow.proxy_url) as agent:
             await agent.get(url(stage.search))

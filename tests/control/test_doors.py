@@ -137,7 +137,9 @@ async def test_malformed_messages_get_a_status_and_lose_nothing() -> None:
         options = [("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(f"unix:{stage.agent_socket}", options=options) as channel:
             for method in ("Workflows/Open", "Workflows/Close", "TokenExchange/Exchange", "TokenExchange/Release"):
-                send = channel.unary_unary(f"/spanlock.v1.{method}", request_serializer=bytes)
+                send = channel.unary_unary(
+                    f"/spanlock.v1.{method}", request_serializer=bytes, response_deserializer=bytes
+                )
                 for body, code in (
                     (b"\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
                     (b"\x0a\xff\xff\xff\xff\x7f", grpc.StatusCode.INVALID_ARGUMENT),
@@ -146,7 +148,10 @@ async def test_malformed_messages_get_a_status_and_lose_nothing() -> None:
                     with pytest.raises(grpc.aio.AioRpcError) as refused:
                         await send(body)
                     assert refused.value.code() is code
-            hold = channel.stream_stream("/spanlock.v1.Workflows/Hold", request_serializer=bytes)()
+            held_open: Any = channel.stream_stream(
+                "/spanlock.v1.Workflows/Hold", request_serializer=bytes, response_deserializer=bytes
+            )
+            hold = held_open()
             await hold.write(b"\xff\xff\xff")
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await hold.read()

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from sidecar.credentials.config import CredentialsConfig
 from sidecar.credentials.renewer import Renewer
 from sidecar.errors import AnswerLost, CallerError, Denied, IdentityError, IssuerError, Reason
 from sidecar.model.audit import LeaseRecord
-from sidecar.model.lease import Credential, IssuerOutcome, Lease, LeaseState, RevocationRecord, TokenCheck
+from sidecar.model.lease import CloseReport, Credential, IssuerOutcome, Lease, LeaseState, RevocationRecord, TokenCheck
 from sidecar.model.policy import Action, Permit, Question
 from sidecar.model.tool import Authority, Tool
 from sidecar.model.workflow import CloseReason, Workflow, WorkflowState
@@ -107,13 +108,13 @@ class World:
 
     async def aclose(self) -> None: ...
 
-    def close(self) -> "asyncio.Task[object]":
+    def close(self) -> asyncio.Task[CloseReport]:
         self.workflow.state = WorkflowState.CLOSING
         self.workflow.close_reason = CloseReason.CLOSED
-        return self.broker.close_workflow(self.workflow)  # type: ignore[return-value]
+        return self.broker.close_workflow(self.workflow)
 
-    async def lease(self, **kwargs: object):  # type: ignore[no-untyped-def]
-        return await self.broker.lease(self.workflow, TOOL, permit(**kwargs))  # type: ignore[arg-type]
+    async def lease(self, **kwargs: Any) -> Lease:
+        return await self.broker.lease(self.workflow, TOOL, permit(**kwargs))
 
 
 async def spin() -> None:
@@ -161,9 +162,9 @@ async def test_many_callers_share_one_exchange_and_one_that_leaves_cancels_nobod
     await spin()
     callers[0].cancel()
     world.gate.set()
-    leases = await asyncio.gather(*callers, return_exceptions=True)
-    assert isinstance(leases[0], asyncio.CancelledError)
-    assert len({lease.id for lease in leases[1:]}) == 1 and len(world.minted) == 1
+    gone, *leases = await asyncio.gather(*callers, return_exceptions=True)
+    assert isinstance(gone, asyncio.CancelledError)
+    assert isinstance(leases[0], Lease) and all(lease is leases[0] for lease in leases) and len(world.minted) == 1
 
 
 async def test_other_scopes_are_another_lease() -> None:
@@ -476,7 +477,7 @@ async def test_a_renewal_that_brings_the_same_token_again_does_not_revoke_it() -
     assert lease.epoch == 2
     await world.clock.advance(20.0)
     assert world.alive == {"cached"} and world.broker.use(lease, world.workflow)
-    assert [end.at_issuer for end in (await world.close()).ends] == [IssuerOutcome.CONFIRMED]  # type: ignore[attr-defined]
+    assert [end.at_issuer for end in (await world.close()).ends] == [IssuerOutcome.CONFIRMED]
 
 
 async def test_an_exported_token_lives_until_the_time_that_was_told() -> None:
@@ -507,7 +508,7 @@ async def test_a_token_that_our_clock_calls_expired_is_revoked_all_the_same() ->
     again = await world.lease()
     assert again is not lease and world.broker.use(again, world.workflow), "a jump costs one call, not the workflow"
     report = await world.close()
-    assert [str(end.at_issuer) for end in report.ends] == ["confirmed", "confirmed"] and not world.alive  # type: ignore[attr-defined]
+    assert [str(end.at_issuer) for end in report.ends] == ["confirmed", "confirmed"] and not world.alive
 
 
 async def test_what_may_still_be_minted_at_the_deadline_has_a_residual_life() -> None:
@@ -517,7 +518,7 @@ async def test_what_may_still_be_minted_at_the_deadline_has_a_residual_life() ->
     await spin()
     closing = world.close()
     await world.clock.advance(5.0, sleepers=1)
-    (end,) = (await closing).ends  # type: ignore[attr-defined]
+    (end,) = (await closing).ends
     assert end.at_issuer is IssuerOutcome.FAILED and end.residual_seconds == TOOL.max_ttl
     draining = asyncio.ensure_future(world.broker.drain(1.0))
     await world.clock.advance(1.0, sleepers=1)

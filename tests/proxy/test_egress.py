@@ -85,12 +85,12 @@ async def test_a_fixed_address_asks_no_resolver() -> None:
 async def test_h4_plain_http_is_dialled_on_this_machine_only() -> None:
     """By address, whatever the name promised."""
     plain = replace(tool(), scheme="http", authority=Authority("localhost", 80))
-    far = {"allow_networks": (ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8"))}
+    far = replace(plain, allow_networks=(ip_network("127.0.0.0/8"), ip_network("10.0.0.0/8")))
     for answers in (["1.1.1.1"], ["10.0.0.1"], ["127.0.0.1", "10.0.0.1"]):
         with pytest.raises(UpstreamError) as caught:
-            await answer(*answers, of=replace(plain, **far))
+            await answer(*answers, of=far)
         assert caught.value.reason is Reason.CLEARTEXT_REFUSED
-        assert await answer(*answers, of=replace(plain, allow_cleartext=True, **far)) == answers
+        assert await answer(*answers, of=replace(far, allow_cleartext=True)) == answers
     with pytest.raises(UpstreamError) as caught:
         await answer(of=replace(plain, address="203.0.113.7"))
     assert caught.value.reason is Reason.CLEARTEXT_REFUSED

@@ -162,10 +162,13 @@ async def test_l8_what_the_kernel_has_not_sent_at_the_close_is_not_sent_after_it
 
 
 async def test_a_tool_that_takes_no_body_is_not_blamed_on_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = asyncio.Event()
+
     async def never_again(self: SilentTool, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         self.got.set()
-        await asyncio.Event().wait()
+        await over.wait()
+        writer.close()
 
     monkeypatch.setattr(SilentTool, "_talk", never_again)
     async with Timed() as timed:
@@ -180,6 +183,7 @@ async def test_a_tool_that_takes_no_body_is_not_blamed_on_the_agent(monkeypatch:
         with contextlib.suppress(ConnectionError):
             assert reason_of(await asyncio.wait_for(reader.read(), 10)) == "upstream_timeout"
         writer.close()
+        over.set()
 
 
 async def _upload(writer: asyncio.StreamWriter) -> None:
@@ -286,7 +290,7 @@ async def test_the_record_says_how_much_went_out_and_how_much_came_back() -> Non
     """What a permitted tool is given is the way out of data: the audit has its size."""
     async with early_tool() as (stage, _, handle):
         records: list[FlowRecord] = []
-        stage.app.audit.flow = records.append  # type: ignore[method-assign]
+        stage.app.audit.flow = records.append  # type: ignore[method-assign, assignment]
         port = port_of(stage.app.addresses["reverse"])
         for more, body in (
             ("Content-Length: 1000", b"x" * 1000),
