@@ -187,17 +187,17 @@ async def test_a_tools_connection_that_was_held_up_at_its_answers_end_serves_the
             await asyncio.wait_for(reader.readexactly(length), 10)
 
 
-SOCKET = socket.socket()
-
-
 class Unread:
     """A transport whose other end has not taken everything."""
 
     left = 5
     closed = False
 
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
     def get_extra_info(self, _: str) -> socket.socket:
-        return SOCKET
+        return self._sock
 
     def get_write_buffer_size(self) -> int:
         return self.left
@@ -212,7 +212,11 @@ class Unread:
 @pytest.mark.parametrize(("left", "reused"), [(5, False), (0, True)])
 def test_d5_a_connection_whose_request_has_not_been_taken_whole_carries_no_other(left: int, reused: bool) -> None:
     tool = Tool(name="t", scheme="http", authority=Authority("127.0.0.1", 9), issuer="i")
-    upstream, transport = Upstream(Outbox(), "wf", tool, "127.0.0.1"), Unread()
+    with socket.socket() as sock:
+        _reused_or_closed(Upstream(Outbox(), "wf", tool, "127.0.0.1"), Unread(sock), left, reused)
+
+
+def _reused_or_closed(upstream: Upstream, transport: Unread, left: int, reused: bool) -> None:
     transport.left = left
     upstream.transport = transport  # type: ignore[assignment]
     upstream.response = parse_response(b"HTTP/1.1 200 OK\r\nContent-Length: 0", b"POST", Fields(withheld))
