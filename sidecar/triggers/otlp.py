@@ -4,24 +4,20 @@ OTLP carries ended spans, late and not surely, and anybody on this machine can s
 connection, and a span closes only a workflow of that same agent. Parsing is bounded; the agent is never delayed.
 """
 
-import json
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
 import grpc.aio
 from aiohttp import web
-from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
-from sidecar.errors import ConfigError, Reason, SpanlockError
+from sidecar.errors import CallerError, ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Caller
 from sidecar.site import Site
+from sidecar.triggers import spans
 from sidecar.triggers.config import OtlpConfig
-
-MAX_BODY = 4 * 1024 * 1024
-"""Bytes, after decompression too."""
+from sidecar.triggers.spans import MAX_BODY, Span, TooMuch
 
 MAX_CALLS = 256
 """Exports under way at one time."""
@@ -36,7 +32,6 @@ _OPTIONS = (
 FindCaller = Callable[[tuple[str, int], tuple[str, int]], Caller]
 SpanEnded = Callable[[str, str, str, bool], None]
 """(agent, trace id, span id, whether its parent is empty); ids in lower-case hex."""
-Export = trace_service_pb2.ExportTraceServiceRequest
 _PROTOBUF = "application/x-protobuf"
 
 
@@ -80,33 +75,33 @@ class OtlpReceivers:
         if not is_json and request.content_type != _PROTOBUF:
             return web.Response(status=415, text="send application/x-protobuf or application/json")
         try:
-            body = _decompress(await request.read(), request.headers.get("content-encoding", "identity"))
-            spans = _spans_of_json(body) if is_json else _spans_of(Export.FromString(body))
-            self.take(local, peer, spans)
+            body = _decoded(await request.read(), request.headers.get("content-encoding", "identity"))
+            parse = spans.of_json if is_json else spans.of_protobuf
+            self.take(local, peer, parse(body, self._config.max_spans))
         except SpanlockError as error:
             return web.Response(status=403, text=str(error.reason))
-        except (DecodeError, ValueError, RecursionError):
+        except (ValueError, RecursionError):
             return web.Response(status=400, text="not a valid OTLP export")
-        except zlib.error:
-            return web.Response(status=413, text="the body is over 4 MiB or not valid gzip")
+        except TooMuch:
+            return web.Response(status=413, text="the body is over 4 MiB, of too many parts, or not valid gzip")
         return web.json_response({}) if is_json else web.Response(body=b"", content_type=_PROTOBUF)
 
-    def take(self, local: tuple[str, int], peer: tuple[str, int], spans: list[tuple[str, str, str]]) -> None:
+    def take(self, local: tuple[str, int], peer: tuple[str, int], found: Iterable[Span | None]) -> None:
         """Closes what these ended spans close. Raises `CallerError` for an unknown sender."""
+        ended = [span for span in found if span is not None]
         caller = self._find_caller(local, peer)
-        for trace_id, span_id, parent in spans[: self._config.max_spans]:
+        for trace_id, span_id, parent in ended:
             for agent in caller.agents:
                 self._span_ended(agent, trace_id, span_id, not parent)
 
     async def _export(self, body: bytes, context: Any) -> bytes:
         """OTLP over gRPC. The body is parsed here, so that a malformed one gets its own status."""
         try:
-            spans = _spans_of(Export.FromString(body))
             host, port = _peer(context)
-            self.take((host, self.grpc_port), (host, port), spans)
-        except DecodeError:
+            self.take((host, self.grpc_port), (host, port), spans.of_protobuf(body, self._config.max_spans))
+        except ValueError:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a valid OTLP export")
-        except (SpanlockError, ValueError):
+        except SpanlockError:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(Reason.UNKNOWN_CALLER))
         return b""
 
@@ -129,54 +124,14 @@ def _peer(context: Any) -> tuple[str, int]:
     kind, _, rest = context.peer().partition(":")
     host, _, port = rest.rpartition(":")
     if kind not in ("ipv4", "ipv6"):
-        raise ValueError(kind)
+        raise CallerError(Reason.UNKNOWN_CALLER, f"a peer of kind {kind}")
     return host.replace("%5B", "").replace("%5D", "").strip("[]"), int(port)
 
 
-def _spans_of(request: Export) -> list[tuple[str, str, str]]:
-    return [
-        (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
-        for resource in request.resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-        if span.end_time_unix_nano
-    ]
-
-
-def _spans_of_json(body: bytes) -> list[tuple[str, str, str]]:
-    """OTLP's JSON mapping: ids in hex of either case, 64-bit numbers as text or number, unknown fields ignored."""
-    document = json.loads(body)
-    found: list[tuple[str, str, str]] = []
-    try:
-        for resource in document.get("resourceSpans", ()):
-            for scope in resource.get("scopeSpans", ()):
-                for span in scope.get("spans", ()):
-                    if int(span.get("endTimeUnixNano", 0)):
-                        found.append(
-                            (_hex(span["traceId"], 16), _hex(span["spanId"], 8), _hex(span.get("parentSpanId", ""), 8))
-                        )
-    except (AttributeError, KeyError, TypeError, OverflowError):
-        raise ValueError("not an OTLP export") from None
-    return found
-
-
-def _hex(text: str, size: int) -> str:
-    raw = bytes.fromhex(text)
-    if text and len(raw) != size:
-        raise ValueError("an id of the wrong length")
-    return raw.hex()
-
-
-def _decompress(body: bytes, coding: str) -> bytes:
-    if coding == "identity":
-        return body
-    if coding != "gzip":
+def _decoded(body: bytes, coding: str) -> bytes:
+    if coding not in ("identity", "gzip"):
         raise ValueError("unknown content-encoding")
-    stream = zlib.decompressobj(wbits=31)
-    plain = stream.decompress(body, MAX_BODY)
-    if not stream.eof:
-        raise zlib.error("too long or truncated")
-    return plain
+    return spans.gunzip(body) if coding == "gzip" else body
 
 
 async def _drop(_: web.Request) -> web.Response:
