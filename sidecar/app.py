@@ -116,7 +116,10 @@ class App:
             limits=settings.limits, find_caller=self.find_caller,
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
-        self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
+        self.otlp = OtlpReceivers(
+            settings.otlp, self.find_caller, lambda uid: self.callers.by_uid(uid), self.registry.span_ended, clock,
+            Path(settings.run_dir) / "operator",
+        )  # fmt: skip
         self.addresses: dict[str, str] = {}
         """Listener to the address it is bound to."""
         self.page = StatusPage(
