@@ -169,9 +169,9 @@ class App:
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
-            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
+            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router, self.clock))
         ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
-        self._sockets.append(operator_socket(run_dir, ops))
+        self._sockets.append(operator_socket(run_dir, ops, self.clock))
         for socket in self._sockets:
             await socket.start()
         self.registry.restarted(self.roll.start())

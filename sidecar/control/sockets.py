@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sidecar.clock import Clock
 from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.serving import HealthService
 from sidecar.control.token_exchange_service import TokenExchangeService
 from sidecar.control.unreadable import RefuseUnreadable
 from sidecar.control.workflows_service import Doors, WorkflowsService
@@ -38,19 +40,6 @@ _OPTIONS = (
 _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """grpc.health.v1: SERVING when calls on this socket can get credentials."""
-
-    def __init__(self, serving: Callable[[], bool]) -> None:
-        super().__init__()
-        self._serving = serving
-
-    async def Check(self, request: Any, context: Any) -> Any:
-        status = health_pb2.HealthCheckResponse
-        await self.set("", status.SERVING if self._serving() else status.NOT_SERVING)
-        return await super().Check(request, context)
-
-
 class Socket:
     """One server on one socket. `start` listens, `stop` ends it and removes the file."""
 
@@ -61,12 +50,14 @@ class Socket:
         add: Callable[[Any], None],
         owner: Agent | None,
         serving: Callable[[], bool],
+        clock: Clock,
     ) -> None:
         self.path = path
         self._services = services
         self._add = add
         self._owner = owner
         self._serving = serving
+        self._clock = clock
         self._server: Any = None
 
     async def start(self) -> None:
@@ -98,7 +89,7 @@ class Socket:
     def _build(self) -> Any:
         server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=20_000)
         self._add(server)
-        health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._serving, self._clock), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         server.add_insecure_port(f"unix:{self.path}")
@@ -126,7 +117,7 @@ class Socket:
         self.path.unlink(missing_ok=True)
 
 
-def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router]) -> Socket:
+def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router], clock: Clock) -> Socket:
     """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else."""
 
     def add(server: Any) -> None:
@@ -137,16 +128,16 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving)
+    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving, clock)
 
 
-def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
+def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
     """`operator/operator.sock`: Admin, in a directory that is never mounted beside an agent."""
 
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True)
+    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True, clock)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)
