@@ -169,7 +169,8 @@ class App:
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
-            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router, self.clock))
+            most = self.settings.workflows.max_open_per_agent
+            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router, self.clock, most))
         ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
         self._sockets.append(operator_socket(run_dir, ops, self.clock))
         for socket in self._sockets:

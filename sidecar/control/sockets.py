@@ -37,11 +37,13 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 2_000),  # a connection that never speaks is put out
 )
+SPARE_CALLS = 256
+"""Of one socket at one time: Watch, Open, Close and the like, beside a Hold for each workflow that may be open."""
 _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
 class Socket:
-    """One server on one socket. `start` listens, `stop` ends it and removes the file."""
+    """One server on one socket, for `calls` calls at one time. `start` listens, `stop` ends it and removes the file."""
 
     def __init__(
         self,
@@ -51,6 +53,7 @@ class Socket:
         owner: Agent | None,
         serving: Callable[[], bool],
         clock: Clock,
+        calls: int,
     ) -> None:
         self.path = path
         self._services = services
@@ -58,6 +61,7 @@ class Socket:
         self._owner = owner
         self._serving = serving
         self._clock = clock
+        self._calls = calls
         self._server: Any = None
 
     async def start(self) -> None:
@@ -87,7 +91,9 @@ class Socket:
             ) from None
 
     def _build(self) -> Any:
-        server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=20_000)
+        server = grpc.aio.server(
+            interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=self._calls
+        )
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._serving, self._clock), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
@@ -117,8 +123,10 @@ class Socket:
         self.path.unlink(missing_ok=True)
 
 
-def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router], clock: Clock) -> Socket:
-    """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else."""
+def agent_socket(
+    run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router], clock: Clock, most_open: int
+) -> Socket:
+    """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else. `most_open`: its workflows."""
 
     def add(server: Any) -> None:
         workflows_pb2_grpc.add_WorkflowsServicer_to_server(WorkflowsService(agent.name, doors), server)  # type: ignore[no-untyped-call]
@@ -128,7 +136,8 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving, clock)
+    path = run_dir / "agents" / agent.name / "agent.sock"
+    return Socket(path, _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
@@ -137,7 +146,8 @@ def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True, clock)
+    path = run_dir / "operator" / "operator.sock"
+    return Socket(path, ("spanlock.v1.Admin",), add, None, lambda: True, clock, SPARE_CALLS)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from sidecar.cli.stage import Stage
+from sidecar.control import sockets, workflows_service
 from sidecar.control.sockets import Socket
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
@@ -220,3 +221,34 @@ async def test_a_socket_is_nobody_elses_even_before_it_has_its_mode(monkeypatch:
             assert stat.S_IMODE(stage.operator_socket.parent.stat().st_mode) == 0o700
     finally:
         os.umask(mask)
+
+
+async def test_a_hold_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflows_service, "FIRST_SECONDS", 0.05, raising=False)
+    async with ready_stage() as stage, stub(stage) as workflows:
+        silent = workflows.Hold(timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await silent.read()
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "request_timeout: " in (refused.value.details() or ""), "ours, not the client's own"
+        hold = workflows.Hold(timeout=10)
+        await hold.write(pb.HoldRequest(open=pb.OpenRequest(name="held")))
+        opened = (await hold.read()).opened
+        assert stage.app.registry.get(opened.workflow.id).is_open, "the deadline is for the first message alone"
+        hold.cancel()
+
+
+async def test_an_agents_calls_at_one_time_are_as_many_as_its_workflows_need() -> None:
+    async with ready_stage(more="workflows: {{max_open_per_agent: 2}}\n") as stage, stub(stage) as workflows:
+        silent = [workflows.Hold() for _ in range(2 + sockets.SPARE_CALLS + 1)]
+        codes = asyncio.as_completed([call.code() for call in silent], timeout=8)
+        assert await next(iter(codes)) is grpc.StatusCode.RESOURCE_EXHAUSTED, "one too many, and before any deadline"
+        for call in silent:
+            call.cancel()
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await opened(stage)
+                    break
+                except grpc.aio.AioRpcError as busy:
+                    assert busy.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
