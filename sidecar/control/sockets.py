@@ -43,7 +43,7 @@ _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
 class Socket:
-    """One server on one socket, for `calls` calls at one time. `start` listens, `stop` ends it and removes the file."""
+    """One server on one socket, for `calls` calls and as many connections. `start` listens, `stop` removes the file."""
 
     def __init__(
         self,
@@ -91,8 +91,9 @@ class Socket:
             ) from None
 
     def _build(self) -> Any:
+        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", self._calls))
         server = grpc.aio.server(
-            interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=self._calls
+            interceptors=[RefuseUnreadable()], options=options, maximum_concurrent_rpcs=self._calls
         )
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._serving, self._clock), server)

@@ -252,3 +252,18 @@ async def test_an_agents_calls_at_one_time_are_as_many_as_its_workflows_need() -
                     break
                 except grpc.aio.AioRpcError as busy:
                     assert busy.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_agents_connections_are_bounded_and_those_that_are_open_go_on() -> None:
+    async with ready_stage(more="workflows: {{max_open_per_agent: 1}}\n") as stage, stub(stage) as workflows:
+        await workflows.List(pb.ListRequest())
+        idle = [await asyncio.open_unix_connection(str(stage.agent_socket)) for _ in range(sockets.SPARE_CALLS + 16)]
+        for _, writer in idle:  # speaks HTTP/2, so that no timer for a silent one ends it
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        ends = [asyncio.ensure_future(reader.read()) for reader, _ in idle]
+        ended, _ = await asyncio.wait(ends, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert ended, "one too many"
+        await workflows.List(pb.ListRequest())
+        for _, writer in idle:
+            writer.close()
+        await asyncio.gather(*ends, return_exceptions=True)
