@@ -119,7 +119,10 @@ class App:
             limits=settings.limits, find_caller=self.find_caller,
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
-        self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
+        self.otlp = OtlpReceivers(
+            settings.otlp, self.find_caller, lambda uid: self.callers.by_uid(uid), self.registry.span_ended, clock,
+            Path(settings.run_dir) / "operator",
+        )  # fmt: skip
         self.addresses: dict[str, str] = {}
         """Listener to the address it is bound to."""
         self.page = StatusPage(
@@ -179,9 +182,10 @@ class App:
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
-            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
+            most = self.settings.workflows.max_open_per_agent
+            self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router, self.clock, most))
         ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
-        self._sockets.append(operator_socket(run_dir, ops))
+        self._sockets.append(operator_socket(run_dir, ops, self.clock))
 
     async def stop(self) -> int:
         """Drains and revokes; returns how many leases could not be revoked, each named in the log and the audit."""

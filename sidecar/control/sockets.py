@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sidecar.clock import Clock
 from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.serving import HealthService
 from sidecar.control.token_exchange_service import TokenExchangeService
 from sidecar.control.unreadable import RefuseUnreadable
 from sidecar.control.workflows_service import Doors, WorkflowsService
@@ -36,24 +38,16 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 2_000),  # a connection that never speaks is put out
 )
+SPARE_CALLS = 256
+"""Of one socket at one time: Watch, Open, Close and the like, beside a Hold for each workflow that may be open."""
 _AGENT = ("spanlock.v1.Workflows", "spanlock.v1.TokenExchange")
 
 
-class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
-    """grpc.health.v1: SERVING when calls on this socket can get credentials."""
-
-    def __init__(self, serving: Callable[[], bool]) -> None:
-        super().__init__()
-        self._serving = serving
-
-    async def Check(self, request: Any, context: Any) -> Any:
-        status = health_pb2.HealthCheckResponse
-        await self.set("", status.SERVING if self._serving() else status.NOT_SERVING)
-        return await super().Check(request, context)
-
-
 class Socket:
-    """One server on one socket. `start` listens, `stop` ends it and removes the file, if it is still its own."""
+    """One server on one socket, for `calls` calls and as many connections.
+
+    `start` listens, `stop` ends it and removes the file, if it is still its own.
+    """
 
     def __init__(
         self,
@@ -62,12 +56,16 @@ class Socket:
         add: Callable[[Any], None],
         owner: Agent | None,
         serving: Callable[[], bool],
+        clock: Clock,
+        calls: int,
     ) -> None:
         self.path = path
         self._services = services
         self._add = add
         self._owner = owner
         self._serving = serving
+        self._clock = clock
+        self._calls = calls
         self._server: Any = None
         self._made: tuple[int, int] | None = None
         """Device and inode of the file that we listen on."""
@@ -124,9 +122,12 @@ class Socket:
         return self.path.with_suffix(".next")
 
     def _build(self, path: Path) -> Any:
-        server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=20_000)
+        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", self._calls))
+        server = grpc.aio.server(
+            interceptors=[RefuseUnreadable()], options=options, maximum_concurrent_rpcs=self._calls
+        )
         self._add(server)
-        health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._serving, self._clock), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         server.add_insecure_port(f"unix:{path}")
@@ -164,8 +165,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router]) -> Socket:
-    """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else."""
+def agent_socket(
+    run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router], clock: Clock, most_open: int
+) -> Socket:
+    """`agents/<name>/agent.sock`: that agent's Workflows and TokenExchange, and nothing else. `most_open`: its workflows."""
 
     def add(server: Any) -> None:
         workflows_pb2_grpc.add_WorkflowsServicer_to_server(WorkflowsService(agent.name, doors), server)  # type: ignore[no-untyped-call]
@@ -175,16 +178,18 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving)
+    path = run_dir / "agents" / agent.name / "agent.sock"
+    return Socket(path, _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS)
 
 
-def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
+def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
     """`operator/operator.sock`: Admin, in a directory that is never mounted beside an agent."""
 
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True)
+    path = run_dir / "operator" / "operator.sock"
+    return Socket(path, ("spanlock.v1.Admin",), add, None, lambda: True, clock, SPARE_CALLS)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)

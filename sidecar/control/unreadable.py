@@ -1,5 +1,6 @@
 """Messages that are no valid protobuf: INVALID_ARGUMENT and a reason, where gRPC answers UNKNOWN and logs a traceback."""
 
+import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -51,11 +52,20 @@ def _guard_unary(method: Any) -> Any:
     return guarded
 
 
+async def _answers(running: Any) -> AsyncIterator[Any]:
+    """Of both kinds of streaming methods: those that yield, and coroutines that write to the context by themselves."""
+    if inspect.isawaitable(running):
+        await running
+        return
+    async for message in running:
+        yield message
+
+
 def _guard_stream(method: Any) -> Any:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         if isinstance(request, _Unreadable):
             await refuse(context, _unreadable())
-        async for message in method(request, context):
+        async for message in _answers(method(request, context)):
             yield message
 
     return guarded
@@ -71,7 +81,7 @@ def _guard_streams(method: Any) -> Any:
             yield request
 
     async def guarded(requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        async for message in method(readable(requests), context):
+        async for message in _answers(method(readable(requests), context)):
             yield message
 
     return guarded

@@ -19,6 +19,8 @@ from sidecar.workflows.registry import Registry
 
 _TRACE = re.compile(r"(?!0{32})[0-9a-f]{32}")
 _SPAN = re.compile(r"(?!0{16})[0-9a-f]{16}")
+FIRST_SECONDS = 10.0
+"""For a Hold's first message: until then it is memory that no limit of workflows counts."""
 _MAX_NAME = 128
 _MAX_SUBJECT = 16 * 1024
 
@@ -36,6 +38,16 @@ class Doors:
     identity_problem: Callable[[str], str]
     """Why an agent has no identity now; empty: it has one."""
     accepting: Callable[[], bool]
+
+
+async def _first(requests: AsyncIterator[pb.HoldRequest]) -> pb.HoldRequest | None:
+    """None: the stream ended before it. Raises `CallerError` (request_timeout)."""
+    try:
+        async with asyncio.timeout(FIRST_SECONDS):
+            return await anext(aiter(requests), None)
+    except TimeoutError:
+        what = f"the first message, with `open`, was not there within {FIRST_SECONDS:g} seconds"
+        raise CallerError(Reason.REQUEST_TIMEOUT, what) from None
 
 
 def _invalid(field: str, what: str) -> CallerError:
@@ -85,7 +97,7 @@ class WorkflowsService(workflows_pb2_grpc.WorkflowsServicer):
     @rescued_stream
     async def Hold(self, requests: AsyncIterator[pb.HoldRequest], context: Context) -> AsyncIterator[pb.HoldResponse]:
         """The first message opens; however the stream ends without Close, the workflow closes (`holder_gone`)."""
-        first = await anext(aiter(requests), None)
+        first = await _first(requests)
         if first is None or not first.HasField("open"):
             raise _invalid("open", "must be set in the first message")
         workflow, opened = await self._open(first.open)

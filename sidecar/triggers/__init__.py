@@ -1,1 +1,1 @@
-"""What can only take access away: `otlp` (ended spans), `config` (the `otlp:` section)."""
+"""What can only take access away: `otlp` (ended spans), `grpc_door`, `turns` and `spans` (its bounds), `config` (`otlp:`)."""

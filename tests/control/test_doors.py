@@ -13,6 +13,8 @@ import httpx
 import pytest
 
 from sidecar.cli.stage import Stage
+from sidecar.clock import SystemClock
+from sidecar.control import sockets, workflows_service
 from sidecar.control.sockets import Socket
 from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
@@ -239,7 +241,7 @@ def bound(path: Path) -> socket.socket:
 
 
 def bare(path: Path) -> Socket:
-    return Socket(path, (), lambda _: None, None, lambda: True)
+    return Socket(path, (), lambda _: None, None, lambda: True, SystemClock(), 16)
 
 
 async def test_a_dead_sidecars_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path) -> None:
@@ -273,3 +275,49 @@ async def test_the_end_removes_no_socket_but_its_own(tmp_path: Path) -> None:
     with bound(path):
         await ours.stop(0)
         assert path.is_socket()
+
+
+async def test_a_hold_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workflows_service, "FIRST_SECONDS", 0.05, raising=False)
+    async with ready_stage() as stage, stub(stage) as workflows:
+        silent = workflows.Hold(timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await silent.read()
+        assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "request_timeout: " in (refused.value.details() or ""), "ours, not the client's own"
+        hold = workflows.Hold(timeout=10)
+        await hold.write(pb.HoldRequest(open=pb.OpenRequest(name="held")))
+        opened = (await hold.read()).opened
+        assert stage.app.registry.get(opened.workflow.id).is_open, "the deadline is for the first message alone"
+        hold.cancel()
+
+
+async def test_an_agents_calls_at_one_time_are_as_many_as_its_workflows_need() -> None:
+    async with ready_stage(more="workflows: {{max_open_per_agent: 2}}\n") as stage, stub(stage) as workflows:
+        silent = [workflows.Hold() for _ in range(2 + sockets.SPARE_CALLS + 1)]
+        codes = asyncio.as_completed([call.code() for call in silent], timeout=8)
+        assert await next(iter(codes)) is grpc.StatusCode.RESOURCE_EXHAUSTED, "one too many, and before any deadline"
+        for call in silent:
+            call.cancel()
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await opened(stage)
+                    break
+                except grpc.aio.AioRpcError as busy:
+                    assert busy.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_agents_connections_are_bounded_and_those_that_are_open_go_on() -> None:
+    async with ready_stage(more="workflows: {{max_open_per_agent: 1}}\n") as stage, stub(stage) as workflows:
+        await workflows.List(pb.ListRequest())
+        idle = [await asyncio.open_unix_connection(str(stage.agent_socket)) for _ in range(sockets.SPARE_CALLS + 16)]
+        for _, writer in idle:  # speaks HTTP/2, so that no timer for a silent one ends it
+            writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+        ends = [asyncio.ensure_future(reader.read()) for reader, _ in idle]
+        ended, _ = await asyncio.wait(ends, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert ended, "one too many"
+        await workflows.List(pb.ListRequest())
+        for _, writer in idle:
+            writer.close()
+        await asyncio.gather(*ends, return_exceptions=True)

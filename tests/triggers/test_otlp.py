@@ -13,7 +13,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
 from sidecar.cli.stage import Stage
-from sidecar.triggers.otlp import MAX_BODY
+from sidecar.triggers.spans import MAX_BODY
 from tests.stage import opened, ready_stage
 
 TRACE, ROOT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -79,7 +79,7 @@ class WorkflowsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Hold(self, request_iterator, context):
-        """The first message opens; the stream's end without Close closes with reason holder_gone. Survives nothing: that is the point.
+        """The first message opens, and must come within ten seconds; the stream's end without Close closes with reason holder_gone. Survives nothing: that is the point.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
