@@ -69,7 +69,7 @@ async def test_malformed_requests_of_both_get_a_status() -> None:
 
 async def test_the_guard_fits_methods_that_write_by_themselves(tmp_path: Path) -> None:
     server = grpc.aio.server(interceptors=[RefuseUnreadable()])
-    service = health.aio.HealthServicer()  # its Watch is a coroutine  # type: ignore[attr-defined]
+    service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # its Watch is a coroutine
     health_pb2_grpc.add_HealthServicer_to_server(service, server)
     server.add_insecure_port(f"unix:{tmp_path}/s")
     await server.start()

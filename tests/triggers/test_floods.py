@@ -145,7 +145,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(stage: Stage, monkeyp
         assert late.startswith(b"HTTP/1.1 408 ") and b"request_timeout" in late
     async with channel(stage) as agent:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await agent.stream_unary(_EXPORT)()  # says nothing  # type: ignore[call-arg]
+            await agent.stream_unary(_EXPORT)()  # type: ignore[call-arg]  # says nothing
     assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "request_timeout" in (refused.value.details() or "")
 
