@@ -179,6 +179,19 @@ def test_h9_an_empty_list_denies() -> None:
         PolicyConfig(files=())
 
 
+NO_METHODS = """\
+- {{{{name: none, url: "http://127.0.0.1:9", issuer: demo-issuer, methods: [], allow_networks: [127.0.0.0/8]}}}}
+"""
+
+
+async def test_h9_a_tool_with_an_empty_list_of_methods_takes_none() -> None:
+    async with ready_stage(more=NO_METHODS, policy_for=("none",)) as stage:
+        workflow = await opened(stage)
+        head = f"GET /none/ HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {workflow.handle}\r\nConnection: close\r\n\r\n"
+        answer = await raw(port_of(stage.app.addresses["reverse"]), head.encode())
+        assert reason_of(answer) == "method_refused"
+
+
 async def test_h11_a_redirect_is_handed_back_and_never_followed() -> None:
     async with plain_tool(b"HTTP/1.1 302 Found\r\nLocation: https://evil.test/\r\nContent-Length: 0\r\n\r\n") as (
         stage,

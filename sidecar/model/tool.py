@@ -67,7 +67,8 @@ class Tool:
     allow_networks: tuple[IPv4Network | IPv6Network, ...] = ()
     allow_cleartext: bool = False
     allow_semicolons: bool = False
-    methods: frozenset[str] = frozenset()
+    methods: frozenset[str] | None = None
+    """Those that it takes; None: any, as far as policy permits. An empty set takes none (H9)."""
     """Empty: any but TRACE, TRACK and CONNECT (policy decides)."""
     ca_file: str | None = None
     header: str = "authorization"

@@ -149,7 +149,7 @@ class Flow(Driven):
     def _permitted(self, workflow: Workflow, route: Route) -> Permit:
         method = self.method.decode("latin-1")
         tool = route.tool
-        if tool.methods and method not in tool.methods:
+        if tool.methods is not None and method not in tool.methods:
             raise CallerError(Reason.METHOD_REFUSED, f"tool {tool.name} does not take {method}")
         return self.plane.decider.decide_request(workflow.agent, workflow.name, tool, method, route.path)
 

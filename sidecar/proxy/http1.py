@@ -7,7 +7,7 @@ llhttp as well and compares. Bodies are framed by `framing`; nothing of a head's
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,6 +41,9 @@ class Field(NamedTuple):
     """The field as it is sent on, `name: value` and CRLF; nothing when it stops here."""
     folded: bytes
     """The name as servers may read it: what is to be replaced is known by this."""
+
+    def __repr__(self) -> str:
+        return f"Field({self.name!r})"  # its value may be a credential
 
 
 class Fields:
@@ -90,17 +93,17 @@ class RequestHead:
     """A request's head. `host` is the one Host field."""
 
     method: bytes
-    target: bytes
+    target: bytes = field(repr=False)
     headers: list[Field]
     host: bytes
     framing: Framing
     keep_alive: bool
     expects_continue: bool
     upgrades: bool
-    handle: bytes | None
+    handle: bytes | None = field(repr=False)
     """Proxy-Authorization, or x-spanlock-workflow."""
     connection: bytes | None
-    authorization: bytes | None
+    authorization: bytes | None = field(repr=False)
     traceparent: bytes | None
     origin: bytes | None
     """With `fetch_site`, what a browser says of the page that a request is from."""

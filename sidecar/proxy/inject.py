@@ -32,6 +32,9 @@ class OutboundRequest(NamedTuple):
 
     head: bytes
 
+    def __repr__(self) -> str:
+        return f"OutboundRequest(head=**** ({len(self.head)} bytes))"
+
 
 def stripped(name: bytes) -> bool:
     """Whether an agent's field of this lower-case name never goes to any tool."""

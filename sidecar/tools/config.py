@@ -49,7 +49,9 @@ class ToolConfig(Section):
     allow_semicolons: bool = Field(
         default=False, description="Accept `;` in paths; policy must permit the path with and without `;…`."
     )
-    methods: tuple[str, ...] = Field(default=(), description="Empty: any method; policy decides.")
+    methods: tuple[str, ...] | None = Field(
+        default=None, description="The methods that it takes. Absent: any, policy decides. Empty: none."
+    )
     ca_file: ConfigFile | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
     header: str = Field(
         default="authorization", pattern=r"^[A-Za-z0-9-]{1,64}$", description="Header of the credential."
@@ -103,7 +105,7 @@ class ToolConfig(Section):
             name=self.name, scheme=scheme, authority=authority, issuer=self.issuer, audience=self.audience,
             resource=self.resource, scopes=tuple(sorted(set(self.scopes))), address=self.address,
             allow_networks=self.allow_networks, allow_cleartext=self.allow_cleartext,
-            allow_semicolons=self.allow_semicolons, methods=frozenset(m.upper() for m in self.methods),
+            allow_semicolons=self.allow_semicolons, methods=None if self.methods is None else frozenset(map(str.upper, self.methods)),
             ca_file=self.ca_file, header=self.header.lower(), prefix=self.prefix, token_check=self.token_check,
             introspection=introspection,
             export=self.export, max_ttl=self.max_ttl, max_uses=self.max_uses,

@@ -6,10 +6,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sidecar.errors import EXPLANATIONS, CallerError, Reason, UpstreamError
+from sidecar.model.tool import Authority, Route, Tool
 from sidecar.proxy import http1
 from sidecar.proxy.framing import LAST_CHUNK, Framing, chunk
 from sidecar.proxy.http1 import MAX_FIELDS, MAX_HEAD, Fields, RequestHead, ResponseHead
-from sidecar.proxy.inject import stripped
+from sidecar.proxy.inject import inject, stripped
 from sidecar.proxy.upstream import withheld
 
 HOST = b"Host: tool.test\r\n"
@@ -282,3 +283,17 @@ def test_a_head_of_64_kib_that_does_not_match_costs_one_pass(prefix: bytes) -> N
     for filling in (b" ", b"\t", b"a", b"a: b\r\n"):
         with pytest.raises(CallerError):  # a backtracking pattern would take minutes
             http1.parse_request(prefix + filling * (65536 // len(filling)) + b"\x01", Fields(stripped))
+
+
+def test_r8_no_repr_of_a_head_shows_a_credential() -> None:
+    """In either direction: the agent's own, its handle, ours, and what a tool sets."""
+    head = http1.parse_request(
+        b"GET /x?api=s3cret HTTP/1.1\r\nHost: t.test\r\nAuthorization: Bearer s3cret\r\nProxy-Authorization: Bearer s3cret\r\n"
+        b"X-Spanlock-Workflow: s3cret\r\nCookie: s3cret",
+        Fields(stripped),
+    )
+    answer = http1.parse_response(b"HTTP/1.1 200 OK\r\nSet-Cookie: s3cret", b"GET", Fields(withheld))
+    tool = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i")
+    sent = inject(head, Route(tool, "/x", b"/x"), b"Bearer s3cret")
+    assert b"s3cret" in sent.head
+    assert not [noun for noun in (head, answer, sent) if "s3cret" in repr(noun)]
