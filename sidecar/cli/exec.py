@@ -1,6 +1,6 @@
 """Runs a command inside a workflow of its own: its calls carry credentials that it never sees, and all of them die when it
-ends. With -c FILE a sidecar is embedded when none runs. Exit status: the command's own; 125 Spanlock failed, 126 not
-executable, 127 not found."""
+ends. With -c FILE a sidecar is embedded when none runs, and ends with it. Exit status: the command's own, 128+n when signal n
+killed it, or came before it ran; 125 Spanlock failed, 126 not executable, 127 not found."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -19,30 +20,16 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sidecar.cli import environment
+from sidecar.cli import environment, shim
+from sidecar.cli.embedded import Configuration, Embedded
+from sidecar.cli.signals import Interrupted, Signals, send
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
+from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 
 _Answer = TypeVar("_Answer")
 _FAILED = 125
 _START_SECONDS = 15.0
-_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Between fork and exec of a process with gRPC's threads nothing may run, so a fresh interpreter asks for the parent-death
-# signal (prctl(2) PR_SET_PDEATHSIG, kept over exec) and becomes the command: if we are killed, CMD is told by SIGTERM.
-_SHIM = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(125)
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-except FileNotFoundError:
-    print(f"spanlock: {sys.argv[2]}: not found", file=sys.stderr)
-    sys.exit(127)
-except OSError as error:
-    print(f"spanlock: {sys.argv[2]}: {error.strerror}", file=sys.stderr)
-    sys.exit(126)
-"""
 
 
 class _Failure(Exception):
@@ -62,37 +49,83 @@ def command(
     except _Failure as failure:
         print(f"spanlock: {failure}", file=sys.stderr)
         status = _FAILED
+    except Interrupted as interrupted:
+        print(f"spanlock: {interrupted} before the command ran", file=sys.stderr)
+        status = interrupted.status
     raise typer.Exit(status)
 
 
 def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, receipt: str | None) -> int:
-    sidecar: subprocess.Popen[bytes] | None = None
-    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as private, _receipt(receipt) as writing:
-        try:
-            socket = _agent_socket(agent)
-            if socket is None and config is not None:
-                sidecar, socket = _embed(config, agent, Path(private))
-            if socket is None:
-                raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
+    signals = Signals()
+    configuration = _configuration(config)
+    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as directory, _receipt(receipt) as writing:
+        work = _Work(cmd, name or Path(cmd[0]).name, dict(os.environ), Path(directory), signals)
+        socket = _agent_socket(agent)
+        if configuration is not None and socket is None:
+            status, report = _with_a_sidecar_of_its_own(work, configuration, agent)
+        elif socket is None:
+            raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
+        else:
+            status, report = work.run(socket)
+        _tell(report, writing)
+        return status
+
+
+def _configuration(path: str | None) -> Configuration | None:
+    try:
+        return Configuration(path) if path is not None else None
+    except ConfigError as error:
+        raise _Failure(error.detail) from None
+
+
+def _with_a_sidecar_of_its_own(
+    work: "_Work", configuration: Configuration, agent: str | None
+) -> tuple[int, pb.CloseResponse | None]:
+    """It ends before the closing line, which is the last."""
+    sidecar = Embedded(configuration, work.private / "run")
+    try:
+        with work.signals.waiting():
+            socket = _listening(sidecar, agent, configuration.path)
+        status, report = work.run(socket)
+    finally:
+        problem = sidecar.end()
+        if problem:
+            print(f"spanlock: {problem}", file=sys.stderr)
+    return status, report
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The command, and what it gets."""
+
+    command: list[str]
+    name: str
+    inherited: dict[str, str]
+    private: Path
+    signals: Signals
+
+    def run(self, socket: Path) -> tuple[int, pb.CloseResponse | None]:
+        """Inside a workflow, which closes however the command ends. Its status, and how each credential ended."""
+        trace_id = secrets.token_hex(16)
+        held = workflow(self.name, socket=str(socket), trace_id=trace_id)
+        with self.signals.waiting():
             _await_identity(socket)
-            trace_id = secrets.token_hex(16)
-            held = _hold(socket, name or Path(cmd[0]).name, trace_id)
+        try:
+            with self.signals.waiting():
+                _open(held)
             variables = environment.build(
-                os.environ,
+                self.inherited,
                 held.proxy_url,
-                Path(held.write_bundle(private)),
+                Path(held.write_bundle(self.private)),
                 f"00-{trace_id}-{secrets.token_hex(8)}-01",
                 held.opened.otlp_endpoint,
             )
             variables["SPANLOCK_SOCKET"] = str(socket)
             variables["SPANLOCK_WORKFLOW"] = held.id
-            status = _run(cmd, variables)
-            _tell(held.close(), writing)
-            return status
+            status = _run(self.command, variables, self.signals)
         finally:
-            if sidecar is not None:
-                sidecar.terminate()
-                sidecar.wait()
+            report = held.close()
+        return status, report
 
 
 def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
@@ -105,10 +138,10 @@ def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
         raise _Failure(f"--receipt {path}: {error.strerror}") from None
 
 
-def _hold(socket: Path, name: str, trace_id: str) -> WorkflowHold:
+def _open(held: WorkflowHold) -> None:
     """Held open by a stream: if this process dies, the stream ends and the workflow closes."""
     try:
-        return workflow(name, socket=str(socket), trace_id=trace_id).open()
+        held.open()
     except SpanlockUnavailable as error:
         raise _Failure(f"the sidecar did not open a workflow: {error}") from None
 
@@ -129,22 +162,18 @@ def _socket_in(run_dir: Path, agent: str | None) -> Path | None:
     return found[0] if found else None
 
 
-def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """A sidecar of our own, with a private run directory; its log goes where ours goes."""
-    run_dir = private / "run"
-    words = [sys.executable, "-m", "sidecar", "run", "-c", config, "--embedded-in", str(run_dir)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+def _listening(sidecar: Embedded, agent: str | None, config: str) -> Path:
+    """The agent's socket of the embedded sidecar; its log goes where ours goes."""
 
-    def listening() -> Path | None:
-        if process.poll() is not None:
+    def found() -> Path | None:
+        if not sidecar.runs:
             raise _Failure("the embedded sidecar did not start; its messages are above")
-        return _socket_in(run_dir, agent)
+        return _socket_in(sidecar.run_dir, agent)
 
-    socket = _await(listening)
+    socket = _await(found)
     if socket is None:
-        process.terminate()
         raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
-    return process, socket
+    return socket
 
 
 def _await_identity(socket: Path) -> None:
@@ -167,13 +196,11 @@ def _await(ask: Callable[[], _Answer]) -> _Answer:
     return answer
 
 
-def _run(cmd: list[str], variables: dict[str, str]) -> int:
+def _run(cmd: list[str], variables: dict[str, str], signals: Signals) -> int:
     """The command in a process group of its own, in the foreground of a terminal if there is one."""
-    shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *cmd]
-    child = subprocess.Popen(shim, env=variables, process_group=0)
-    with _Foreground(child.pid) as terminal:
-        for number in (*_FORWARDED, signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, lambda received, _: _signal_group(child.pid, received))
+    signals.check()
+    child = subprocess.Popen(shim.words(cmd), env=variables, process_group=0)
+    with signals.forwarded(child.pid), _Foreground(child.pid) as terminal:
         status = _wait(child, terminal)
     return 128 - status if status < 0 else status
 
@@ -189,14 +216,7 @@ def _wait(child: subprocess.Popen[bytes], terminal: "_Foreground") -> int:
             terminal.take_back()
             os.kill(os.getpid(), signal.SIGSTOP)
             terminal.give()
-            _signal_group(child.pid, signal.SIGCONT)
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
+            send(child.pid, signal.SIGCONT)
 
 
 class _Foreground:

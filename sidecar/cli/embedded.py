@@ -1,0 +1,57 @@
+"""The sidecar that `exec -c` brings: a process of its own, for one command, which never outlives `exec`."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sidecar.cli import shim
+
+if TYPE_CHECKING:  # it takes a third of a second to import, for -c alone
+    from sidecar.config.schema import Settings
+
+_SPARE_SECONDS = 5.0
+"""For what a sidecar does at its end beside draining and revoking."""
+
+
+class Configuration:
+    """The file that -c names. `exec` reads it too: it says how long an end may take."""
+
+    def __init__(self, path: str) -> None:
+        """Raises `sidecar.errors.ConfigError`."""
+        self.path = path
+        settings: Settings = importlib.import_module("sidecar.config.load").load(Path(path))
+        waits = 2 * settings.credentials.revoke_deadline  # a close and the drain each wait for the issuer
+        self.end_seconds = settings.limits.drain_seconds + waits + _SPARE_SECONDS
+
+
+class Embedded:
+    """It has a process group of its own, so that what a terminal sends is the command's alone, and SIGTERM when we die."""
+
+    def __init__(self, configuration: Configuration, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._seconds = configuration.end_seconds
+        words = [sys.executable, "-m", "sidecar", "run", "-c", configuration.path]
+        self._process = subprocess.Popen(
+            shim.words([*words, "--embedded-in", str(run_dir)]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    @property
+    def runs(self) -> bool:
+        """False when it ended by itself."""
+        return self._process.poll() is None
+
+    def end(self) -> str:
+        """Lets it drain, and waits for its end. What is wrong after that, or nothing."""
+        self._process.terminate()
+        try:
+            self._process.wait(self._seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return f"the embedded sidecar did not end within {self._seconds:g} s and was killed; tokens live to their expiry"
+        return ""
