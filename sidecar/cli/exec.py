@@ -5,7 +5,6 @@ killed it, or came before it ran; 125 Spanlock failed, 126 not executable, 127 n
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment, shim
 from sidecar.cli.embedded import Configuration, Embedded
-from sidecar.cli.signals import Interrupted, Signals, send
+from sidecar.cli.signals import Interrupted, Signals
+from sidecar.cli.terminal import Terminal, wait
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
@@ -200,51 +200,8 @@ def _run(cmd: list[str], variables: dict[str, str], signals: Signals) -> int:
     """The command in a process group of its own, in the foreground of a terminal if there is one."""
     signals.check()
     child = subprocess.Popen(shim.words(cmd), env=variables, process_group=0)
-    with signals.forwarded(child.pid), _Foreground(child.pid) as terminal:
-        status = _wait(child, terminal)
-    return 128 - status if status < 0 else status
-
-
-def _wait(child: subprocess.Popen[bytes], terminal: "_Foreground") -> int:
-    """The command's exit status. Stopped by Ctrl-Z, it takes us along, so that the shell gets its terminal; `fg` goes on."""
-    while True:
-        _, status = os.waitpid(child.pid, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            child.returncode = os.waitstatus_to_exitcode(status)
-            return child.returncode
-        if terminal.is_ours:
-            terminal.take_back()
-            os.kill(os.getpid(), signal.SIGSTOP)
-            terminal.give()
-            send(child.pid, signal.SIGCONT)
-
-
-class _Foreground:
-    """Gives the terminal to the child's group, and takes it back. Ours to give only while we are in its foreground."""
-
-    def __init__(self, group: int) -> None:
-        self._group = group
-        self._terminal = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
-        self.is_ours = self._terminal >= 0 and os.tcgetpgrp(self._terminal) == os.getpgrp()
-
-    def give(self) -> None:
-        """The child's group is in the foreground from now on, if we are in it (`bg` leaves us out)."""
-        if self.is_ours and os.tcgetpgrp(self._terminal) == os.getpgrp():
-            os.tcsetpgrp(self._terminal, self._group)
-
-    def take_back(self) -> None:
-        """We are in the foreground again, unless the shell has it."""
-        if self.is_ours and os.tcgetpgrp(self._terminal) == self._group:
-            os.tcsetpgrp(self._terminal, os.getpgrp())
-
-    def __enter__(self) -> "_Foreground":
-        if self.is_ours:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        self.give()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.take_back()
+    with signals.forwarded(child.pid), Terminal(child.pid) as terminal:
+        return wait(child, terminal)
 
 
 def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:

@@ -1,0 +1,54 @@
+"""The process that `spanlock exec` makes of its command: dispositions of signals, standard streams, the terminal of a pipeline."""
+
+import asyncio
+import shlex
+from collections.abc import AsyncIterator
+
+import pytest
+
+from sidecar.cli.stage import Stage
+from tests.cli.running import in_a_terminal, variables, words_of
+from tests.stage import ready_stage
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    async with ready_stage(subject="svid") as stage:
+        yield stage
+
+
+async def test_a_command_in_a_pipe_may_ask_the_terminal(stage: Stage) -> None:
+    ask = "printf ask; read x </dev/tty; echo got $x"
+    script = f"echo hi | {shlex.join(words_of('sh', '-c', ask))}; echo end $?"
+    _, screen = await asyncio.to_thread(in_a_terminal, ["bash", "-c", script], variables(stage), [(b"ask", b"yes\n")])
+    assert b"got yes" in screen and b"end 0" in screen, screen
+
+
+async def test_a_pager_after_it_in_the_pipe_may_ask_the_terminal_too(stage: Stage) -> None:
+    command = shlex.join(words_of("sh", "-c", "echo x; sleep 1; echo y"))
+    script = f"{command} | sh -c 'read x; printf more; read y </dev/tty; echo paged $y; cat'; echo end $?"
+    _, screen = await asyncio.to_thread(in_a_terminal, ["bash", "-c", script], variables(stage), [(b"more", b"on\n")])
+    assert b"paged on" in screen and b"end 0" in screen, screen
+
+
+async def test_a_job_in_the_background_that_asks_the_terminal_waits_for_fg(stage: Stage) -> None:
+    command = shlex.join(words_of("sh", "-c", "echo started; read x </dev/tty; echo got $x"))
+    typed = [
+        (b"prompt> ", command.encode() + b" &\n"),
+        (b"started\r\n", b"sleep 1; jobs; echo shell-$((1+1))\n"),
+        (b"Stopped", b""),
+        (b"\nshell-2", b"fg; echo status-$?-\n"),
+        (b"fg; ", b"more\n"),
+        (b"\nstatus-0-", b"exit\n"),
+    ]
+    env = variables(stage, PS1="prompt> ", HISTFILE="/dev/null", TERM="dumb")
+    _, screen = await asyncio.to_thread(in_a_terminal, ["bash", "--norc", "--noprofile", "-i"], env, typed)
+    assert b"got more" in screen and b"\nstatus-0-" in screen, screen
+
+
+async def test_ctrl_z_where_no_shell_would_continue_it_goes_on_at_once(stage: Stage) -> None:
+    script = "echo ready; read line; echo got $line"
+    status, screen = await asyncio.to_thread(
+        in_a_terminal, words_of("bash", "-c", script), variables(stage), [(b"ready", b"\x1amore\n")]
+    )
+    assert status == 0 and b"got more" in screen, screen
