@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def words(command: Sequence[str]) -> list[str]:
@@ -24,6 +25,8 @@ def _become(parent: int, command: list[str]) -> int:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)  # prctl(2): kept over exec
     if os.getppid() != parent:  # it died before we asked
         return 125
+    for number in _IGNORED_BY_PYTHON:
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606 - it is the user's command
     except FileNotFoundError:

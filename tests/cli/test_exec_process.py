@@ -7,14 +7,33 @@ from collections.abc import AsyncIterator
 import pytest
 
 from sidecar.cli.stage import Stage
-from tests.cli.running import in_a_terminal, variables, words_of
+from tests.cli.running import in_a_terminal, run, variables, words_of
 from tests.stage import ready_stage
+
+IGNORED = "grep SigIgn /proc/self/status"
 
 
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
     async with ready_stage(subject="svid") as stage:
         yield stage
+
+
+@pytest.mark.parametrize("before", ["", "trap '' INT HUP USR1 QUIT TSTP; ", "nohup ", "setsid -w "])
+async def test_the_command_ignores_the_signals_that_exec_was_told_to_ignore_and_no_others(
+    stage: Stage, before: str
+) -> None:
+    exec_it = "" if "nohup" in before or "setsid" in before else "exec "
+    status, plain, _ = await run("sh", "-c", f"{before}{exec_it}{IGNORED}", env=variables(stage))
+    assert status == 0
+    words = shlex.join(words_of(*IGNORED.split()))
+    status, out, err = await run("sh", "-c", f"{before}{exec_it}{words}", env=variables(stage))
+    assert (status, out) == (0, plain), err
+
+
+async def test_a_pipe_that_its_reader_left_ends_the_writer_silently(stage: Stage) -> None:
+    status, out, err = await run(*words_of("sh", "-c", "yes | head -1"), env=variables(stage))
+    assert (status, out) == (0, "y\n") and "roken pipe" not in err
 
 
 async def test_a_command_in_a_pipe_may_ask_the_terminal(stage: Stage) -> None:
