@@ -32,7 +32,7 @@ class Embedded:
     def __init__(self, configuration: Configuration, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._seconds = configuration.end_seconds
-        words = [sys.executable, "-m", "sidecar", "run", "-c", configuration.path]
+        words = [sys.executable, *_isolation(), "-m", "sidecar", "run", "-c", configuration.path]
         self._process = subprocess.Popen(
             shim.words([*words, "--embedded-in", str(run_dir)]),
             stdin=subprocess.DEVNULL,
@@ -55,3 +55,19 @@ class Embedded:
             self._process.wait()
             return f"the embedded sidecar did not end within {self._seconds:g} s and was killed; tokens live to their expiry"
         return ""
+
+
+def _isolation() -> list[str]:
+    """It imports from where `exec` itself does, less the working directory: that is the agent's, and anything may lie in it.
+
+    Not defended: PYTHONPATH and the like in the environment that `exec` was started with. They had their say in `exec` before
+    this line could run, with the same uid and the same secrets at hand; who must be safe from them starts Python with -E or
+    -I, and then the sidecar is started so too. `python -m sidecar` by hand in a hostile directory is likewise lost before;
+    the console script `spanlock` is not: its own directory comes first on its path, not the working directory.
+    """
+    flags = ["-P"]
+    if sys.flags.ignore_environment:
+        flags.append("-E")
+    if sys.flags.no_user_site:
+        flags.append("-s")
+    return flags

@@ -15,6 +15,8 @@ from sidecar.cli.stage import Servers
 from tests.cli.running import alone, children, embedding, ended, in_a_terminal, run, until_gone, variables, words_of
 from tests.stage import url
 
+HOSTILE = "import pathlib; pathlib.Path({marker!r}).write_text('ran'); raise SystemExit(9)\n"
+
 
 @pytest.fixture
 async def servers() -> AsyncIterator[Servers]:
@@ -44,6 +46,15 @@ async def sidecar_of(process: asyncio.subprocess.Process) -> list[int]:
         while not (found := children(process.pid)):
             await asyncio.sleep(0.02)
     return found
+
+
+async def test_nothing_of_the_working_directory_runs(servers: Servers, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    for name in ("uvloop", "sidecar", "typer", "ctypes"):
+        (tmp_path / f"{name}.py").write_text(HOSTILE.format(marker=str(marker)))
+    status, _, err = await run(*embedding(servers, "true"), env=alone(tmp_path), cwd=tmp_path)
+    assert status == 0, err
+    assert not marker.exists()
 
 
 async def test_kill_9_of_exec_ends_the_embedded_sidecar_which_revokes(servers: Servers, tmp_path: Path) -> None:
