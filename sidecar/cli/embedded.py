@@ -1,8 +1,10 @@
 """The sidecar that `exec -c` brings: a process of its own, for one command, which never outlives `exec`."""
 
+import ctypes
 import importlib
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,19 +13,31 @@ from sidecar.cli import shim
 if TYPE_CHECKING:  # it takes a third of a second to import, for -c alone
     from sidecar.config.schema import Settings
 
+_PR_SET_DUMPABLE = 4
 _SPARE_SECONDS = 5.0
 """For what a sidecar does at its end beside draining and revoking."""
 
 
 class Configuration:
-    """The file that -c names. `exec` reads it too: it says how long an end may take."""
+    """The file that -c names. `exec` reads it too: it says what must be kept from the command, and how long an end may take."""
 
     def __init__(self, path: str) -> None:
         """Raises `sidecar.errors.ConfigError`."""
         self.path = path
         settings: Settings = importlib.import_module("sidecar.config.load").load(Path(path))
+        self._secret = {issuer.secret_env for issuer in settings.issuers if issuer.kind == "static"}
         waits = 2 * settings.credentials.revoke_deadline  # a close and the drain each wait for the issuer
         self.end_seconds = settings.limits.drain_seconds + waits + _SPARE_SECONDS
+
+    def without_secrets(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """`variables` without those that hold a static secret, for the command: it sees no credential.
+
+        A command of the same uid cannot read them in our memory or /proc/PID/environ either (prctl(2) PR_SET_DUMPABLE; its own
+        exec undoes that for the command). What the shell before us was started with is not ours to hide.
+        """
+        if self._secret & variables.keys():
+            ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+        return {name: value for name, value in variables.items() if name not in self._secret}
 
 
 class Embedded:

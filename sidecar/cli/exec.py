@@ -58,8 +58,9 @@ def command(
 def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, receipt: str | None) -> int:
     signals = Signals()
     configuration = _configuration(config)
+    inherited = dict(os.environ) if configuration is None else configuration.without_secrets(os.environ)
     with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as directory, _receipt(receipt) as writing:
-        work = _Work(cmd, name or Path(cmd[0]).name, dict(os.environ), Path(directory), signals)
+        work = _Work(cmd, name or Path(cmd[0]).name, inherited, Path(directory), signals)
         socket = _agent_socket(agent)
         if configuration is not None and socket is None:
             status, report = _with_a_sidecar_of_its_own(work, configuration, agent)

@@ -13,8 +13,9 @@ import pytest
 
 from sidecar.cli.stage import Servers
 from tests.cli.running import alone, children, embedding, ended, in_a_terminal, run, until_gone, variables, words_of
-from tests.stage import url
+from tests.stage import ready_stage, url
 
+LEGACY = "issuers: [{name: legacy, kind: static, secret_env: LEGACY_TOKEN}, "
 HOSTILE = "import pathlib; pathlib.Path({marker!r}).write_text('ran'); raise SystemExit(9)\n"
 
 
@@ -55,6 +56,30 @@ async def test_nothing_of_the_working_directory_runs(servers: Servers, tmp_path:
     status, _, err = await run(*embedding(servers, "true"), env=alone(tmp_path), cwd=tmp_path)
     assert status == 0, err
     assert not marker.exists()
+
+
+async def test_the_configurations_secrets_are_not_in_the_commands_environment(servers: Servers, tmp_path: Path) -> None:
+    (servers.dir / "spanlock.yaml").write_text(servers.config_text().replace("issuers: [", LEGACY))
+    words = embedding(servers, "sh", "-c", "env; tr '\\0' '\\n' < /proc/self/environ")
+    status, out, err = await run(*words, env=alone(tmp_path, LEGACY_TOKEN="canary-1"))
+    assert status == 0 and "canary-1" not in out + err and "HTTPS_PROXY" in out
+
+
+async def test_nor_when_a_sidecar_runs_already_and_a_configuration_is_named(tmp_path: Path) -> None:
+    async with ready_stage(subject="svid") as stage:
+        (stage.dir / "spanlock.yaml").write_text(stage.config_text().replace("issuers: [", LEGACY))
+        status, out, err = await run(*embedding(stage, "env"), env=variables(stage, LEGACY_TOKEN="canary-1"))
+    assert status == 0 and "canary-1" not in out + err and "HTTPS_PROXY" in out
+
+
+async def test_nor_can_the_command_read_them_in_exec_or_the_sidecar(servers: Servers, tmp_path: Path) -> None:
+    (servers.dir / "spanlock.yaml").write_text(servers.config_text().replace("issuers: [", LEGACY))
+    powers = "-sys_ptrace,-perfmon,-sys_admin"  # with any of these every process's memory is an open book
+    as_others = ["setpriv", f"--bounding-set={powers}", f"--inh-caps={powers}"] if os.getuid() == 0 else []
+    script = "for p in $PPID $(cat /proc/$PPID/task/*/children); do tr '\\0' '\\n' < /proc/$p/environ; done"
+    words = [*as_others, *embedding(servers, "sh", "-c", script)]
+    _, out, err = await run(*words, env=alone(tmp_path, LEGACY_TOKEN="canary-1"))
+    assert "canary-1" not in out and "HTTPS_PROXY" in out, err
 
 
 async def test_kill_9_of_exec_ends_the_embedded_sidecar_which_revokes(servers: Servers, tmp_path: Path) -> None:
