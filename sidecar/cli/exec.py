@@ -19,7 +19,7 @@ import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sidecar.cli import environment, shim
+from sidecar.cli import environment, shim, stdio
 from sidecar.cli.embedded import Configuration, Embedded
 from sidecar.cli.signals import Interrupted, Signals
 from sidecar.cli.terminal import Terminal, wait
@@ -44,6 +44,7 @@ def command(
     receipt: str = typer.Option(None, "--receipt", help="Writes how each credential ended to this file, as JSON."),
 ) -> None:
     """Runs a command inside a workflow of its own; everything it was given dies when it ends."""
+    stdio.settle()
     try:
         status = _exec(cmd, config, agent, name, receipt)
     except _Failure as failure:

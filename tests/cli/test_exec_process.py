@@ -1,14 +1,16 @@
 """The process that `spanlock exec` makes of its command: dispositions of signals, standard streams, the terminal of a pipeline."""
 
 import asyncio
+import json
 import shlex
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from sidecar.cli.stage import Stage
 from tests.cli.running import in_a_terminal, run, variables, words_of
-from tests.stage import ready_stage
+from tests.stage import ready_stage, url
 
 IGNORED = "grep SigIgn /proc/self/status"
 
@@ -34,6 +36,30 @@ async def test_the_command_ignores_the_signals_that_exec_was_told_to_ignore_and_
 async def test_a_pipe_that_its_reader_left_ends_the_writer_silently(stage: Stage) -> None:
     status, out, err = await run(*words_of("sh", "-c", "yes | head -1"), env=variables(stage))
     assert (status, out) == (0, "y\n") and "roken pipe" not in err
+
+
+async def test_standard_error_that_cannot_be_written_changes_neither_status_nor_receipt(
+    stage: Stage, tmp_path: Path
+) -> None:
+    receipt = tmp_path / "receipt.json"
+    command = f"curl -sS -o /dev/null {url(stage.search)} 2>/dev/null; exit 3"
+    words = shlex.join(words_of("sh", "-c", command, options=("--receipt", str(receipt))))
+    for where in ("2>/dev/full", "2>&-", "2>&1 >/dev/null | true"):
+        receipt.unlink(missing_ok=True)
+        script = f"set -o pipefail; {words} {where}"
+        status, out, _ = await run("bash", "-c", script, env=variables(stage))
+        assert (status, out) == (3, ""), where
+        assert [end["at_issuer"] for end in json.loads(receipt.read_text())["credentials"]] == ["confirmed"], where
+
+
+async def test_closed_standard_streams_hold_nothing_of_ours(stage: Stage, tmp_path: Path) -> None:
+    """Else a file or a socket of exec would be the command's standard output."""
+    told, receipt = tmp_path / "told", tmp_path / "receipt.json"
+    command = f"echo leaked; echo leaked >&2; readlink /proc/self/fd/0 /proc/self/fd/1 > {told}; exit 4"
+    words = shlex.join(words_of("sh", "-c", command, options=("--receipt", str(receipt))))
+    status, _, _ = await run("bash", "-c", f"{words} <&- >&- 2>&-", env=variables(stage))
+    assert status == 4 and json.loads(receipt.read_text())["credentials"] == []
+    assert told.read_text().splitlines()[0] == "/dev/null"
 
 
 async def test_a_command_in_a_pipe_may_ask_the_terminal(stage: Stage) -> None:
