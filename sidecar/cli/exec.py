@@ -5,6 +5,7 @@ killed it, or came before it ran; 125 Spanlock failed, 126 not executable, 127 n
 import json
 import os
 import secrets
+import socket as sockets
 import subprocess
 import sys
 import tempfile
@@ -63,7 +64,7 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
     with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as directory, _receipt(receipt) as writing:
         work = _Work(cmd, name or Path(cmd[0]).name, inherited, Path(directory), signals)
         socket = _agent_socket(agent)
-        if configuration is not None and socket is None:
+        if configuration is not None and (socket is None or not _lives(socket)):
             status, report = _with_a_sidecar_of_its_own(work, configuration, agent)
         elif socket is None:
             raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
@@ -146,6 +147,19 @@ def _open(held: WorkflowHold) -> None:
         held.open()
     except SpanlockUnavailable as error:
         raise _Failure(f"the sidecar did not open a workflow: {error}") from None
+
+
+def _lives(socket: Path) -> bool:
+    """False for what a sidecar that was killed has left behind. What we may not ask lives, as far as we know."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        probe.settimeout(_START_SECONDS)
+        try:
+            probe.connect(str(socket))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def _agent_socket(agent: str | None) -> Path | None:

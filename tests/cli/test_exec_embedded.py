@@ -168,6 +168,16 @@ async def test_a_sidecar_that_does_not_end_is_killed(servers: Servers, tmp_path:
     await until_gone(left)
 
 
+async def test_a_dead_sidecars_socket_does_not_stand_in_the_way(servers: Servers, tmp_path: Path) -> None:
+    stale = tmp_path / "nobody/agents/demo"
+    stale.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(stale / "agent.sock"))
+    for env in (alone(tmp_path), variables(SPANLOCK_SOCKET=str(stale / "agent.sock"))):
+        status, out, err = await run(*embedding(servers, "curl", "-sS", url(servers.search)), env=env)
+        assert status == 0 and "search.tool.test" in out, err
+
+
 async def test_a_configuration_that_is_wrong_is_125_and_says_where(servers: Servers, tmp_path: Path) -> None:
     (servers.dir / "spanlock.yaml").write_text(servers.config_text() + "nonsense: 1\n")
     status, _, err = await run(*embedding(servers, "true"), env=alone(tmp_path))
