@@ -63,11 +63,13 @@ class Embedded:
         """Lets it drain, and waits for its end. What is wrong after that, or nothing."""
         self._process.terminate()
         try:
-            self._process.wait(self._seconds)
+            status = self._process.wait(self._seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             return f"the embedded sidecar did not end within {self._seconds:g} s and was killed; tokens live to their expiry"
+        if status == 1:
+            return "not everything was revoked; `not_revoked` above says where, and it lives to its own expiry"
         return ""
 
 

@@ -84,14 +84,17 @@ def _configuration(path: str | None) -> Configuration | None:
 def _with_a_sidecar_of_its_own(
     work: "_Work", configuration: Configuration, agent: str | None
 ) -> tuple[int, pb.CloseResponse | None]:
-    """It ends before the closing line, which is the last."""
+    """It ends before the closing line, which is the last: what it says at its end may be what it could not revoke."""
     sidecar = Embedded(configuration, work.private / "run")
+    report = None
     try:
         with work.signals.waiting():
             socket = _listening(sidecar, agent, configuration.path)
         status, report = work.run(socket)
     finally:
         problem = sidecar.end()
+        if report is not None and not problem and any(end.at_issuer == "failed" for end in report.leases):
+            problem = "what had failed at the close was revoked or expired before the embedded sidecar ended"
         if problem:
             print(f"spanlock: {problem}", file=sys.stderr)
     return status, report

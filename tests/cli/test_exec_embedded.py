@@ -1,6 +1,7 @@
 """`spanlock exec -c`: the embedded sidecar is the command's alone, runs nothing of the working directory, and never outlives it."""
 
 import asyncio
+import json
 import os
 import shlex
 import signal
@@ -150,6 +151,44 @@ async def test_ctrl_c_that_the_command_handles_leaves_the_sidecar_to_it(servers:
     status, out, err = await ended(process)
     assert (status, out) == (0, "told\n200\n"), err
     assert err.splitlines()[-1].startswith("spanlock: 1 credential: 1 confirmed dead"), err
+
+
+async def test_the_closing_line_is_the_last_and_the_sidecar_has_ended_before_it(
+    servers: Servers, tmp_path: Path
+) -> None:
+    status, _, err = await run(*embedding(servers, "curl", "-sS", url(servers.search)), env=alone(tmp_path))
+    lines = err.splitlines()
+    assert status == 0 and lines[-1].startswith("spanlock: 1 credential: 1 confirmed dead"), err
+    assert any('"stopped"' in line for line in lines[:-1])
+
+
+@pytest.mark.parametrize("comes_back", [False, True], ids=["down", "back again"])
+async def test_a_revocation_that_failed_is_tried_until_the_sidecar_ends(
+    servers: Servers, tmp_path: Path, comes_back: bool
+) -> None:
+    (servers.dir / "spanlock.yaml").write_text(servers.config_text() + "credentials: {revoke_deadline: 1.7}\n")
+    go = tmp_path / "go"
+    script = (
+        f"curl -sS -o /dev/null {url(servers.search)}; echo called; while [ ! -e {go} ]; do sleep .05; done; echo end"
+    )
+    process = await started(embedding(servers, "sh", "-c", script), alone(tmp_path))
+    await said(process, b"called")
+    token = servers.search.authorized[-1].removeprefix("Bearer ")
+    servers.issuer.down = True
+    go.touch()
+    await said(process, b"end")
+    if comes_back:
+        await asyncio.sleep(2.1)  # the close has reported by now
+        servers.issuer.down = False
+    status, _, err = await ended(process)
+    lines = err.splitlines()
+    assert status == 0 and lines[-1].startswith("spanlock: 1 credential: 1 failed"), err
+    assert comes_back or servers.issuer.active(token)
+    if not servers.issuer.active(token):  # as nearly always when it came back, if a try fell into the drain
+        assert "revoked or expired" in lines[-2], err
+    else:
+        (named,) = [json.loads(line) for line in lines if '"not_revoked"' in line and '"issuer"' in line]
+        assert named["left_to_expire"] == 1 and "not everything was revoked" in lines[-2], err
 
 
 async def test_a_sidecar_that_does_not_end_is_killed(servers: Servers, tmp_path: Path) -> None:
