@@ -25,7 +25,7 @@ parts: $(STAMP)  ## installs the real servers (SPIRE, Keycloak) into a cache out
 test-real: parts ## the main job on real SPIRE and Keycloak; fails, not skips, when one is missing
 	$(BIN)/pytest -m real tests/real $(ARGS)
 
-check: $(STAMP) proto-check ## ruff, mypy --strict, import-linter, generated code current
+check: $(STAMP) proto-check ## ruff, mypy --strict (tests too), import-linter, generated code current
 	$(BIN)/ruff check sidecar tests
 	$(BIN)/ruff format --check sidecar tests
 	$(BIN)/mypy

@@ -5,6 +5,7 @@ end, close every workflow, revoke every lease, say what could not be revoked, cl
 """
 
 import asyncio
+import math
 import random
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,8 @@ from sidecar.wire.spanlock.v1 import admin_pb2
 from sidecar.workflows.registry import Registry
 from sidecar.workflows.roll import Roll
 
+_RELOADED = frozenset(("agents", "issuers", "tools", "policy"))
+"""The sections that a reload takes over; what the file says otherwise in any other waits for a restart."""
 _PAUSE = 1.0
 """Seconds before a loop that failed begins anew."""
 
@@ -136,6 +139,9 @@ class App:
     async def start(self) -> None:
         """Opens every door. Does not wait for SPIRE: readiness says when identities are there. Raises `ConfigError`."""
         asyncio.get_running_loop().set_exception_handler(self._loop_error)
+        self._make_sockets()
+        for socket in self._sockets:
+            socket.refuse_taken()  # before anything that another sidecar on this run_dir would notice
         for work, name in (
             (self.svids.run, "svids"),
             (self.svids.keep_fresh, "jwt-svid refresh"),
@@ -154,28 +160,31 @@ class App:
         await self.otlp.start()
         if self.health is not None:
             await self.health.start()
+        for socket in self._sockets:
+            await socket.start()
+        self.registry.restarted(self.roll.start())
+        self.log.info("started", version=__version__, listeners=self.addresses, run_dir=self.settings.run_dir)
+
+    def _make_sockets(self) -> None:
+        """Each agent's and the operator's; none is open yet."""
         doors = Doors(
-            self.registry,
-            self.broker,
-            self.decider,
-            self.listeners.open_for,
-            lambda: self.plane.ca.pem,
-            lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
-            self.svids.problem,
-            self._accepting,
+            registry=self.registry,
+            broker=self.broker,
+            decider=self.decider,
+            open_listener=self.listeners.open_for,
+            ca_pem=lambda: self.plane.ca.pem,
+            otlp_endpoint=lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
+            identity_problem=self.svids.problem,
+            accepting=self._accepting,
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
             self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
         ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
         self._sockets.append(operator_socket(run_dir, ops))
-        for socket in self._sockets:
-            await socket.start()
-        self.registry.restarted(self.roll.start())
-        self.log.info("started", version=__version__, listeners=self.addresses, run_dir=str(run_dir))
 
     async def stop(self) -> int:
-        """Drains and revokes; returns how many credentials could not be revoked."""
+        """Drains and revokes; returns how many leases could not be revoked, each named in the log and the audit."""
         self.plane.draining = True
         self.listeners.stop_accepting()
         await self._let_flows_end(self.settings.limits.drain_seconds)
@@ -183,9 +192,12 @@ class App:
         if closing:
             await asyncio.wait(closing)
         left = await self.broker.drain(self.settings.credentials.revoke_deadline)
-        for issuer, tokens in self.broker.revoker.waiting.items():
-            because = self.broker.revoker.failing.get(issuer, "no answer in time")
-            self.log.error("not_revoked", issuer=issuer, because=because, left_to_expire=tokens)
+        for end in left:
+            because = self.broker.revoker.failing.get(end.issuer, "no answer in time")
+            self.log.error(
+                "not_revoked", lease=end.lease, workflow=end.workflow, tool=end.tool, issuer=end.issuer, because=because,
+                residual_seconds=math.ceil(end.residual_seconds),
+            )  # fmt: skip
         for socket in self._sockets:
             await socket.stop(0.5)
         self.listeners.aclose()
@@ -199,8 +211,8 @@ class App:
         await self.svids.aclose()
         self.audit.close()
         self.roll.close()
-        self.log.info("stopped", not_revoked=left)
-        return left
+        self.log.info("stopped", not_revoked=len(left))
+        return len(left)
 
     async def _let_flows_end(self, seconds: float) -> None:
         deadline = self.clock.monotonic() + seconds
@@ -230,7 +242,9 @@ class App:
         self._refuse_changed(agents)
         restart = self._needs_restart(settings)
         dismissed = set(self.callers.agents) - set(agents)
-        gone = [tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool]
+        gone = [
+            tool for tool in self.plane.router.tools if tools.get(tool.name) is not tool or tool.issuer in exchangers
+        ]
         self.decider.replace(policy, agents, tools)
         self.broker.replace(exchangers)
         self._exchangers += exchangers.values()
@@ -242,7 +256,7 @@ class App:
         for name in dismissed:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:
-            self.background.spawn(self.broker.withdraw(tool=tool.name, reissue=True), f"withdraw {tool.name}")
+            self.background.spawn(self.broker.withdraw(tool=tool.name), f"withdraw {tool.name}")
         self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
         return admin_pb2.ReloadResponse(applied=True, needs_restart=restart, policy_epoch=self.decider.epoch)
 
@@ -252,7 +266,9 @@ class App:
 
     def _refuse_changed(self, agents: dict[str, Agent]) -> None:
         """A uid or an identity that changed under open workflows, sockets and cached SVIDs is nobody's clear intention."""
-        changed = sorted(name for name, agent in self.callers.agents.items() if agents.get(name, agent) != agent)
+        # One that a reload has removed has its socket still: its name goes to nobody else.
+        known = {agent.name: agent for agent in (a.build() for a in self._started_with.agents)} | self.callers.agents
+        changed = sorted(name for name, agent in known.items() if agents.get(name, agent) != agent)
         if changed:
             raise ConfigError(
                 Reason.CONFIG_INVALID,
@@ -261,20 +277,9 @@ class App:
 
     def _needs_restart(self, settings: Settings) -> list[str]:
         """What the file says otherwise than it did at the start, and a reload does not change."""
-        sections = (
-            "spiffe",
-            "listeners",
-            "otlp",
-            "health",
-            "run_dir",
-            "audit",
-            "telemetry",
-            "workflows",
-            "credentials",
-            "limits",
-        )
         started = self._started_with
-        names = [name for name in sections if getattr(settings, name) != getattr(started, name)]
+        fixed = [name for name in Settings.model_fields if name not in _RELOADED]
+        names = [name for name in fixed if getattr(settings, name) != getattr(started, name)]
         if {a.name for a in settings.agents} != {a.name for a in started.agents}:
             names.append("agents (sockets)")
         if _https_hosts(settings) - _https_hosts(started):

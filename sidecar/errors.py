@@ -19,7 +19,9 @@ class Reason(StrEnum):
     UPGRADE_REFUSED = "upgrade_refused"
     EARLY_DATA = "early_data"
     AUTHORITY_MISMATCH = "authority_mismatch"
+    CROSS_SITE = "cross_site"
     AMBIGUOUS_PATH = "ambiguous_path"
+    FOREIGN_CREDENTIAL = "foreign_credential"
     UNKNOWN_TOOL = "unknown_tool"
     CLEARTEXT_REFUSED = "cleartext_refused"
     REQUEST_TIMEOUT = "request_timeout"
@@ -118,7 +120,7 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "Send one Host, one framing (Content-Length or chunked), no folded headers, CRLF line ends.",
     ),
     Reason.REQUEST_TOO_LARGE: Explanation(
-        "The request's head or its trailers are over the limit.",
+        "The request's head is over the limit.",
         "Send fewer or shorter headers (limit 64 KiB, 128 fields).",
     ),
     Reason.METHOD_REFUSED: Explanation(
@@ -136,9 +138,18 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "CONNECT target, TLS server name and Host do not name one destination.",
         "Send the same name in all of them. If the client is unmodified, something is trying to redirect a credential.",
     ),
+    Reason.CROSS_SITE: Explanation(
+        "A web page of another site sent this to the base-URL listener by way of a browser here.",
+        "Call from a program, without an Origin or Sec-Fetch-Site of another site.",
+    ),
     Reason.AMBIGUOUS_PATH: Explanation(
-        "The path could be read in two ways (dot segments, encoded slashes, NUL, doubled slashes, ';').",
-        "Send the canonical path.",
+        "The path could be read in two ways (dot segments, doubled slashes, ';', an escape that is not needed or not UTF-8).",
+        "Send the canonical path: letters, digits and -._~ as they are, what else is escaped as UTF-8 in upper-case hex "
+        "(%C3%A9), and never a slash, backslash, dot, percent sign, ';' or control escaped.",
+    ),
+    Reason.FOREIGN_CREDENTIAL: Explanation(
+        "The query has a credential of the agent's own beside the one that is injected.",
+        "Leave access_token, client_secret, api_key and apikey out of the query; the sidecar sends the credential.",
     ),
     Reason.UNKNOWN_TOOL: Explanation(
         "The destination is not a configured tool, and there is no passthrough.",
@@ -148,7 +159,9 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "A credential would have travelled over plain http to a host that is not this machine.",
         "Use https, or set `allow_cleartext: true` on the tool if the path to it is protected.",
     ),
-    Reason.REQUEST_TIMEOUT: Explanation("The request's head or body did not arrive in time.", "Send it faster."),
+    Reason.REQUEST_TIMEOUT: Explanation(
+        "The request's head or body did not arrive in time, or its answer was not read.", "Send and read faster."
+    ),
     Reason.CLIENT_GONE: Explanation(
         "The agent closed its connection before the answer was complete.", "Nothing to do."
     ),
@@ -161,7 +174,7 @@ EXPLANATIONS: dict[Reason, Explanation] = {
     ),
     Reason.NO_WORKFLOW: Explanation(
         "The call belongs to no open workflow of this caller.",
-        "Run under `spanlock exec`, use `sidecar.client.workflow()`, or send the workflow's handle or traceparent.",
+        "Run under `spanlock exec`, use `sidecar.client.workflow.workflow()`, or send the workflow's handle or traceparent.",
     ),
     Reason.WORKFLOW_CLOSED: Explanation(
         "The workflow ended; its credentials are dropped.", "Open a new workflow for new work."
@@ -170,13 +183,14 @@ EXPLANATIONS: dict[Reason, Explanation] = {
         "No such workflow belongs to this agent.", "Check the id with `spanlock workflows`."
     ),
     Reason.TOO_MANY_WORKFLOWS: Explanation(
-        "The limit of open workflows is reached.", "Close finished workflows, or raise `limits.workflows`."
+        "The limit of open workflows is reached.",
+        "Close finished workflows, or raise `workflows.max_open` or `workflows.max_open_per_agent`.",
     ),
     Reason.TOO_MANY_CONNECTIONS: Explanation(
         "The limit of open connections is reached.", "Close idle connections, or raise `limits.connections`."
     ),
     Reason.TOO_MANY_LEASES: Explanation(
-        "The limit of leases is reached.", "Close finished workflows, or raise `limits.leases`."
+        "The limit of leases is reached.", "Close finished workflows, or raise `credentials.max_leases`."
     ),
     Reason.INVALID_ARGUMENT: Explanation("A field of the call is missing or malformed.", "The detail names the field."),
     Reason.POLICY_DENIED: Explanation(

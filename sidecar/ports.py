@@ -32,6 +32,8 @@ class Exchanger(Protocol):
     """
 
     issuer: str
+    server: str
+    """Which server stands behind the issuer's name: what it minted is shown to no other."""
 
     async def exchange(
         self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]

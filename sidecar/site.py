@@ -9,13 +9,14 @@ from typing import Any
 
 from aiohttp import web
 
+from sidecar.address import host_and_port
 from sidecar.errors import ConfigError, Reason
 
 MAX_CONNECTIONS = 256
 
 
 class Site:
-    """Serves `routes` on "host:port". `start` listens, `stop` ends it. `key` names the address in the configuration."""
+    """Serves `routes` on a `HostPort`. `start` listens, `stop` ends it. `key` names the address in the configuration."""
 
     def __init__(
         self, routes: list[web.RouteDef], address: str, key: str, max_body: int, decompress: bool = True
@@ -30,10 +31,10 @@ class Site:
     async def start(self) -> int:
         """Returns the port. Raises `ConfigError` when the address is taken."""
         await self._runner.setup()
-        host, _, port = self._address.rpartition(":")
+        host, port = host_and_port(self._address)
         loop = asyncio.get_running_loop()
         try:
-            self._listener = await loop.create_server(self._accept, host.strip("[]"), int(port), backlog=128)
+            self._listener = await loop.create_server(self._accept, host, port, backlog=128)
         except OSError as error:
             what = f"{self._key}: cannot listen on {self._address}: {error.strerror}"
             raise ConfigError(Reason.CONFIG_INVALID, what) from None

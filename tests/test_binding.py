@@ -10,6 +10,7 @@ from sidecar.cli.stage import Stage
 from sidecar.errors import CallerError, Reason
 from sidecar.model.caller import Caller
 from sidecar.model.tool import Tool
+from sidecar.model.traceparent import TraceParent, parse
 from sidecar.model.workflow import CloseReason
 from sidecar.proxy import destination
 from sidecar.proxy.binding import handle_of
@@ -17,7 +18,6 @@ from sidecar.proxy.http1 import Fields, parse_request
 from sidecar.proxy.inject import stripped
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
-from sidecar.workflows.traceparent import trace_id
 from tests.stage import client, closed, opened, port_of, ready_stage, url
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -83,21 +83,27 @@ async def test_one_trace_is_one_workflow_of_an_agent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "means"),
+    ("header", "sampled"),
     [
-        (f"00-{TRACE}-b7ad6b7169203331-01", TRACE),
-        (f"cc-{TRACE}-b7ad6b7169203331-01-what-a-later-version-adds", TRACE),
+        (f"00-{TRACE}-b7ad6b7169203331-01", True),
+        (f"00-{TRACE}-b7ad6b7169203331-00", False),
+        (f"00-{TRACE}-b7ad6b7169203331-03", True),
+        (f"00-{TRACE}-b7ad6b7169203331-f2", False),
+        (f"cc-{TRACE}-b7ad6b7169203331-01-what-a-later-version-adds", True),
+        (f"cc-{TRACE}-b7ad6b7169203331-00-0001", False),
         (f"00-{TRACE}-b7ad6b7169203331-01-more", None),
         (f"ff-{TRACE}-b7ad6b7169203331-01", None),
         (f"00-{'0' * 32}-b7ad6b7169203331-01", None),
         (f"00-{TRACE}-{'0' * 16}-01", None),
         (f"00-{TRACE.upper()}-b7ad6b7169203331-01", None),
         (f"00-{TRACE}-b7ad6b7169203331", None),
+        (f"00-{TRACE}-b7ad6b7169203331-0g", None),
         ("", None),
     ],
 )
-def test_only_a_valid_traceparent_names_a_trace(header: str, means: str | None) -> None:
-    assert trace_id(header.encode()) == means
+def test_only_a_valid_traceparent_names_a_trace(header: str, sampled: bool | None) -> None:
+    means = TraceParent(TRACE, "b7ad6b7169203331", sampled) if sampled is not None else None
+    assert parse(header.encode()) == means
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,9 @@ def tool(name: str, scheme: str, host: str, **fields: Any) -> Tool:
 
 SECURE, PLAIN, NEAR = tool("a", "https", "a.test"), tool("b", "http", "b.test"), tool("c", "http", "127.0.0.1:81")
 OPEN = tool("d", "http", "d.test", allow_cleartext=True)
-ROUTER = Router((SECURE, PLAIN, NEAR, OPEN))
+AWAY = tool("e", "http", "localhost:82", address="203.0.113.7")
+HERE = tool("f", "http", "f.test", address="127.0.0.1")
+ROUTER = Router((SECURE, PLAIN, NEAR, OPEN, AWAY, HERE))
 
 
 def head(line: str, host: str) -> Any:
@@ -174,6 +182,10 @@ def by_base_url(line: str, host: str) -> tuple[str, bytes]:
         (by_absolute_form, "GET HTTP://D.test/", "d.test:80", ("d", b"/")),
         (by_absolute_form, "GET http://b.test/", "b.test", "cleartext_refused"),
         (by_absolute_form, "GET http://a.test/", "a.test", "cleartext_refused"),
+        (by_absolute_form, "GET http://localhost:82/", "localhost:82", "cleartext_refused"),
+        (by_absolute_form, "GET http://f.test/", "f.test", ("f", b"/")),
+        (by_base_url, "GET /e/x", "127.0.0.1", "cleartext_refused"),
+        (by_base_url, "GET /f/x", "127.0.0.1", ("f", b"/x")),
         (by_absolute_form, "GET http://z.test/", "z.test", "unknown_tool"),
         (by_absolute_form, "GET http://d.test/", "c.test", "authority_mismatch"),
         (by_absolute_form, "GET ftp://d.test/", "d.test", "authority_mismatch"),

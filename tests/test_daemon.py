@@ -29,7 +29,7 @@ class Daemon:
         socket = self.servers.operator_socket if operator else self.servers.agent_socket
         service = admin_pb2_grpc.AdminStub if operator else workflows_pb2_grpc.WorkflowsStub
         async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
-            return await ask(service(channel))  # type: ignore[no-untyped-call]
+            return await ask(service(channel))
 
     async def open(self, **fields: Any) -> pb.OpenResponse:
         response: pb.OpenResponse = await self.call(lambda s: s.Open(pb.OpenRequest(name="test", **fields)))
@@ -142,7 +142,8 @@ async def test_sigterm_with_the_issuer_down_names_what_was_not_revoked_and_exits
         status, log = await running.ended(signal.SIGTERM)
     assert status == 1
     (line,) = [json.loads(line) for line in log.splitlines() if '"not_revoked"' in line and '"issuer"' in line]
-    assert (line["issuer"], line["because"], line["left_to_expire"]) == ("demo-issuer", "issuer_unavailable", 2)
+    assert (line["issuer"], line["tool"], line["because"]) == ("demo-issuer", "search", "issuer_unavailable")
+    assert line["lease"].startswith("ls_") and 0 < line["residual_seconds"] <= 300
 
 
 async def test_a_crash_closes_every_workflow_and_the_next_start_says_so(servers: Servers) -> None:
@@ -165,6 +166,30 @@ async def test_a_crash_closes_every_workflow_and_the_next_start_says_so(servers:
     ]
     async with daemon(servers) as third:
         assert not (await third.call(lambda s: s.List(pb.ListRequest()))).workflows, "said once"
+
+
+async def test_a_second_sidecar_on_the_same_run_dir_is_refused_and_the_first_does_not_notice(servers: Servers) -> None:
+    sockets, roll = (
+        (servers.agent_socket, servers.operator_socket),
+        servers.operator_socket.with_name("workflows.jsonl"),
+    )
+    config = servers.dir / "other.yaml"
+    config.write_text(servers.config_text().replace("name: demo,", "name: another,"))
+    async with daemon(servers) as running:
+        opened = await running.open()
+        before = [path.stat().st_ino for path in sockets], roll.stat().st_ino, roll.read_bytes()
+        for file in (config, servers.dir / "spanlock.yaml"):
+            words = [sys.executable, "-m", "sidecar", "run", "-c", str(file)]
+            second = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+            _, err = await asyncio.wait_for(second.communicate(), 30)
+            said = [line for line in err.decode().splitlines() if not line.startswith("{")]
+            assert second.returncode == 2 and len(said) == 1, err.decode()
+            assert said[0].startswith("spanlock: run_dir: another sidecar answers on ") and "another run_dir" in said[0]
+        assert ([path.stat().st_ino for path in sockets], roll.stat().st_ino, roll.read_bytes()) == before
+        assert not (servers.dir / "run/agents/another").exists(), "it asked every socket before it made one"
+        assert b"200 OK" in await running.get(opened)
+        assert (await running.ended(signal.SIGTERM))[0] == 0
+    assert not any(path.exists() for path in sockets)
 
 
 async def test_sighup_takes_a_good_change_and_refuses_a_bad_one_whole(servers: Servers) -> None:

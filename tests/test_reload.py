@@ -7,14 +7,20 @@ import grpc
 import httpx
 import pytest
 
-from sidecar.cli.stage import Stage
+from sidecar.cli.stage import AGENT_ID, Stage
 from sidecar.config.load import parse
 from sidecar.credentials.broker import Broker
 from sidecar.demo.pki import DemoPki
+from sidecar.demo.token_service import DemoTokenService
 from sidecar.model.lease import Lease
 from sidecar.proxy.pool import Pool
 from sidecar.proxy.upstream import Upstream
-from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
+from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc
+from tests.stage import call, client, closed, opened, port_of, ready_stage, reason_of, stub, tunnel, url
+
+NO_EXCHANGE = """permit(principal, action, resource);
+forbid(principal, action == Spanlock::Action::"token.exchange", resource);
+"""
 
 
 async def reloaded(stage: Stage, *changes: tuple[str, str]) -> Any:
@@ -36,16 +42,6 @@ def without_search(stage: Stage) -> str:
     """The configuration without the tool that most calls here go to."""
     head, _, rest = stage.config_text().partition("- name: search")
     return head + "- name: reports" + rest.partition("- name: reports")[2]
-
-
-def request(stage: Stage, handle: str, path: str = "/search/v1/items") -> bytes:
-    return (
-        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n\r\n".encode()
-    )
-
-
-async def call(stage: Stage, handle: str) -> bytes:
-    return await raw(port_of(stage.app.addresses["reverse"]), request(stage, handle))
 
 
 async def test_an_idle_connection_to_where_a_tool_was_is_not_used_for_where_it_is() -> None:
@@ -183,3 +179,57 @@ async def test_a_ca_file_is_read_again() -> None:
             await reloaded(stage)
             answer: httpx.Response = await agent.get(url(stage.search))
             assert answer.status_code == 200
+
+
+async def test_another_server_behind_an_issuers_name_never_sees_the_tokens_of_the_first() -> None:
+    """What the first minted is revoked there, at once: a lease of the old server is not used on."""
+    async with ready_stage() as stage:
+        other = DemoTokenService(stage.spire.jwks, {}, {})
+        await other.start()
+        workflow = await opened(stage)
+        assert b"200 OK" in await call(stage, workflow.handle)
+        assert (await reloaded(stage, (stage.issuer.issuer, other.issuer))).applied
+        async with asyncio.timeout(10):
+            while living(stage):
+                await asyncio.sleep(0.01)
+        assert other.revocations == 0, "no token of the first was shown to the second"
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == ["confirmed"]
+        await other.stop()
+
+
+async def test_the_name_of_an_agent_that_was_removed_goes_to_nobody_else() -> None:
+    """Its socket is open still: whoever has it would be the new agent."""
+    async with ready_stage() as stage:
+        declared = "{name: demo,"
+        assert (await reloaded(stage, (declared, "{name: renamed,"))).applied
+        changed = stage.config_text().replace(AGENT_ID, AGENT_ID + "/payments")
+        (stage.dir / "spanlock.yaml").write_text(changed)
+        answer = await stage.app.reload()
+        assert not answer.applied and "demo cannot change while running" in answer.errors[0]
+
+
+async def test_a_token_that_a_reload_forbids_during_its_exchange_is_not_handed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage)
+        lease, here, go_on = Broker.lease, asyncio.Event(), asyncio.Event()
+
+        async def slow(self: Broker, *arguments: Any) -> Lease:
+            found = await lease(self, *arguments)
+            here.set()
+            await go_on.wait()
+            return found
+
+        monkeypatch.setattr(Broker, "lease", slow)
+        async with stub(stage, token_exchange_pb2_grpc.TokenExchangeStub) as exchange:
+            request = token_exchange_pb2.ExchangeRequest(workflow_id=workflow.workflow.id, tool="search")
+            asked = asyncio.ensure_future(exchange.Exchange(request))
+            await here.wait()
+            (stage.dir / "policy.cedar").write_text(NO_EXCHANGE)
+            assert (await stage.app.reload()).applied
+            go_on.set()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await asked
+        assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED

@@ -6,7 +6,7 @@ import pytest
 
 from sidecar.model.workflow import CloseReason, Workflow
 from sidecar.tasks import Background
-from tests.stage import opened, ready_stage
+from tests.stage import opened, timed_stage
 
 
 async def test_what_must_never_end_is_told_and_begins_anew() -> None:
@@ -34,7 +34,7 @@ async def test_what_must_never_end_is_told_and_begins_anew() -> None:
 
 
 async def test_workflows_still_expire_after_a_bug_in_one_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with ready_stage(more="workflows: {{max_age: 1}}\n") as stage:
+    async with timed_stage(more="workflows: {{max_age: 60}}\n") as (stage, clock):
         registry, failed = stage.app.registry, asyncio.Event()
         close = registry.close
 
@@ -45,7 +45,10 @@ async def test_workflows_still_expire_after_a_bug_in_one_expiry(monkeypatch: pyt
 
         monkeypatch.setattr(registry, "close", broken)
         await opened(stage)
-        await asyncio.wait_for(failed.wait(), 10)
+        while not failed.is_set():
+            await clock.advance(1)
         noun = registry.get((await opened(stage)).workflow.id)
-        await asyncio.wait_for(registry.wait_closed(noun), 10)
+        opened_at = clock.monotonic()
+        while noun.is_open and clock.monotonic() < opened_at + 65:
+            await clock.advance(1)
         assert noun.close_reason is CloseReason.MAX_AGE

@@ -1,20 +1,28 @@
 """The known attacks on such proxies, each row named by its number; real bytes to real sockets on the embedded stage."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import re
 import ssl
 import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
+from unicodedata import category
+from urllib.parse import quote, unquote
 
+import grpc.aio
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.app import World
 from sidecar.cli import environment
-from sidecar.cli.stage import Stage
+from sidecar.cli.stage import Servers, Stage
 from sidecar.client.trust import write_bundle
 from sidecar.clock import SystemClock
 from sidecar.credentials.header import render
@@ -23,6 +31,7 @@ from sidecar.errors import CallerError, IssuerError, Reason
 from sidecar.identity.callers import Callers
 from sidecar.identity.peer import uid_of_peer
 from sidecar.model.caller import Agent
+from sidecar.model.policy import readings
 from sidecar.model.tool import Authority, Route, Tool
 from sidecar.policy.config import PolicyConfig
 from sidecar.proxy import http1
@@ -33,6 +42,8 @@ from sidecar.secret import Secret
 from sidecar.tools.config import ToolConfig
 from sidecar.tools.names import embeds_ip, parse_authority
 from sidecar.tools.router import Router, canonical_path
+from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2_grpc
+from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
 
 TOOL = Tool(name="search", scheme="https", authority=Authority("api.x.com", 443), issuer="i")
@@ -102,7 +113,7 @@ async def test_h4_a_credential_never_travels_over_cleartext() -> None:
 @pytest.mark.parametrize(
     "text",
     ["[::1", "[api.x.com]:443", "api.x.com:443 ", "api.x.com:0443", "api.x.com:", "api.x.com:99999", "user@api.x.com", "a b",
-     "api.x.com:+443", "", ":443", "api..x.com", "-a.com:443", "a/b:443"],
+     "api.x.com:+443", "", ":443", "api..x.com", "-a.com:443", "a/b:443", "[fe80::1%25eth0]", "[fe80::1%eth0]:443", "[::1%]"],
 )  # fmt: skip
 def test_h5_odd_authorities_are_refused(text: str) -> None:
     with pytest.raises(CallerError):
@@ -124,6 +135,41 @@ def test_h5_one_spelling_for_each_destination(text: str, host: str) -> None:
 def test_h8_look_alikes_match_no_tool(text: str) -> None:
     with pytest.raises(CallerError):
         Router([TOOL]).by_authority(parse_authority(text, 443), "https")
+
+
+async def test_h8_a_host_header_is_ascii() -> None:
+    """Clients send A-labels. What is no ASCII is refused as it is: to IDNA, a name with a soft hyphen is the name without."""
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        port, tool = port_of(workflow.proxy_url), f"{stage.search.host}:{stage.search.port}".encode()
+        for host in (b"local\xadhost", "127\u30020.0.1".encode(), "\u1d38ocalhost".encode(), b"\xe9." * 30_000):
+            answer = await raw(port, b"GET /search/ HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
+            assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "authority_mismatch")
+        async with tunnel(stage, port, stage.search) as (reader, writer):
+            writer.write(
+                b"GET / HTTP/1.1\r\nHost: " + tool.replace(b".tool", b".to\xadol") + b"\r\nConnection: close\r\n\r\n"
+            )
+            assert reason_of(await reader.read()) == "authority_mismatch"
+        assert stage.search.requests == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["\u00e9" * 60_000, "\u00e9." * 30_000, "a" * 60_000, "[" + ":" * 60_000, "a." * 130 + "com"]
+)
+def test_h8_a_name_longer_than_any_is_refused_before_idna_reads_it(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(host: str) -> str:
+        raise AssertionError(f"{len(host)} characters were read")
+
+    monkeypatch.setattr("sidecar.tools.names.parse_host", read)
+    monkeypatch.setattr("sidecar.tools.names._ipv6", read)
+    with pytest.raises(CallerError) as caught:
+        parse_authority(text, 443)
+    assert caught.value.reason is Reason.AUTHORITY_MISMATCH
+
+
+def test_h8_the_longest_name_is_none_too_long() -> None:
+    longest = ".".join(["a" * 63] * 3 + ["b" * 61])
+    assert parse_authority(f"{longest}.:65535", None) == Authority(longest, 65535)
 
 
 def test_h9_an_empty_list_denies() -> None:
@@ -177,10 +223,74 @@ def test_p8_the_agents_own_credentials_go_and_connection_cannot_take_ours() -> N
         assert gone not in sent
 
 
+@pytest.mark.parametrize(
+    "other", ["X_Custom_Key", "X.Custom.Key", "x-custom_key", "X~Custom!Key", "_X-Custom-Key", "X_Other_Secret"]
+)
+def test_p8_no_spelling_of_the_credentials_header_goes_on_beside_ours(other: str) -> None:
+    """Gateway interfaces (CGI, WSGI) make one variable of all of these."""
+    tool = replace(TOOL, header="x-custom-key", client_headers=("X-Other-Secret".lower(),))
+    raw_head = f"GET / HTTP/1.1\r\nHost: api.x.com\r\n{other}: theirs\r\nX_Kept: yes\r\n\r\n".encode()
+    sent = inject(parse_request(raw_head), Route(tool, "/", b"/"), b"OURS").head
+    assert b"x-custom-key: OURS" in sent and b"theirs" not in sent and b"x_kept: yes" in sent
+
+
+@pytest.mark.parametrize(
+    "name", ["Authorization", "x.api.key", "X_Api_Key", "Api.Key", "ApiKey", "X-Goog-Api-Key", "Cookie_", "X.Amz.Date", "DPoP",
+             "X.Forwarded.For", "x+spanlock+workflow", "Proxy.Authorization", "Content.Length", "Transfer_Encoding"],
+)  # fmt: skip
+def test_p8_credentials_of_any_scheme_and_spelling_are_stripped(name: str) -> None:
+    assert stripped(name.lower().encode())
+
+
+def test_p8_what_connection_names_goes_in_every_spelling() -> None:
+    raw_head = b"GET / HTTP/1.1\r\nHost: api.x.com\r\nConnection: x-a, X_B\r\nX_A: gone\r\nX-A: gone\r\nX_B: gone\r\nX-C: kept\r\n\r\n"
+    sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer OURS").head
+    assert b"gone" not in sent and b"x-c: kept" in sent
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["access_token=x", "a=b&access_token=x", "a;ACCESS_TOKEN=x", "access%5Ftoken=x", "%61ccess_to%6Ben=x", "access.token=x", "access_token",
+     "access%20token=x", "+access_token=x", "%20access_token=x", "access_token[]=x", "access_token%5B%5D=x", "client_secret=x",
+     "api_key=x", "api-key=x", "apikey=x", "apiKey=x", "a&&api_key"],
+)  # fmt: skip
+def test_p8_a_credential_in_the_query_is_refused(query: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        Router([TOOL]).route(TOOL, b"/a?" + query.encode())
+    assert caught.value.reason is Reason.FOREIGN_CREDENTIAL
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["", "a=access_token", "key=x", "token=x", "my_access_token=x", "access_tokens=x", "next=%2Fa%3Faccess_token%3Dx", "a=%26api_key%3Dx",
+     "api_keys", "access_token_id=x", "sig=api_key%3D", "q=?access_token=x", "&=&;;="],
+)  # fmt: skip
+def test_p8_a_query_without_a_credential_goes_on(query: str) -> None:
+    assert Router([TOOL]).route(TOOL, b"/a?" + query.encode()).target == b"/a?" + query.encode()
+
+
 def test_l7_forwarding_headers_of_the_agent_are_dropped() -> None:
     raw_head = b"GET / HTTP/1.1\r\nHost: api.x.com\r\nX-Forwarded-For: 1.2.3.4\r\nForwarded: for=1.2.3.4\r\nVia: x\r\nX-Forwarded-Host: evil\r\n\r\n"
     sent = inject(parse_request(raw_head), Route(TOOL, "/", b"/"), b"Bearer x").head.lower()
     assert b"forwarded" not in sent and b"via" not in sent and b"evil" not in sent
+
+
+@pytest.mark.parametrize(
+    "name", ["X-Forwarded-For", "X_Forwarded_Proto", "Forwarded", "X-Real-IP", "X-Host", "X-Original-Host", "True-Client-IP", "X-Client-IP",
+             "X-Cluster-Client-IP", "CF-Connecting-IP", "X-Original-URL", "X-Rewrite-URL"],
+)  # fmt: skip
+def test_l7_no_field_that_an_intermediary_would_write_goes_on(name: str) -> None:
+    assert stripped(name.lower().encode())
+
+
+@pytest.mark.parametrize(
+    "name", ["X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method", "x_http_method_override"]
+)
+async def test_policy_sees_the_method_that_the_tool_sees(name: str) -> None:
+    """Many frameworks take a POST with one of these for another method, which policy was not asked about."""
+    async with plain_tool(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as (_, agent, seen):
+        assert (await agent.post("/legacy/items/1", headers={name: "DELETE"})).status_code == 200
+        assert seen[0].startswith(b"POST /items/1 ") and b"DELETE" not in seen[0]
 
 
 async def test_p13_a_denied_call_costs_no_dns_no_connection_and_no_exchange() -> None:
@@ -292,6 +402,87 @@ def test_d7_ambiguous_paths_are_refused(path: str) -> None:
     assert caught.value.reason is Reason.AMBIGUOUS_PATH
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/%61dmin", "/%41dmin", "/adm%69n/users", "/a%2Db", "/a%5Fb", "/a%7Eb", "/%30", "/a%25b", "/a%2Fb", "/a%2Eb"],
+)  # fmt: skip
+def test_d7_a_character_that_needs_no_escape_is_not_escaped(path: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode())
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/%c0%ae%c0%ae/admin", "/v1/%C0%AE%C0%AE/admin", "/v1/%C0%AFadmin", "/%E0%80%AF", "/%F0%80%80%AF", "/%80", "/%C3", "/%C3/%A9",
+     "/%C3x%A9", "/%ED%A0%80", "/%F4%90%80%80", "/%F5%80%80%80", "/%FF", "/%C2%80", "/%C2%85", "/%C2%9F", "/%0A", "/%1B", "/%7F",
+     "/caf%c3%a9", "/caf%C3%a9", "/a%3f", "/a%5b"],
+)  # fmt: skip
+def test_d7_escapes_are_utf8_without_controls_in_upper_case(path: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode())
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/items", "/a%20b", "/a%22%23%3C%3E%3F%5B%5D%5E%60%7B%7C%7D", "/caf%C3%A9", "/%E2%82%AC/%F0%9F%98%80",
+             "/%C2%A0", "/%ED%9F%BF", "/%F4%8F%BF%BF", "/a@b:c,d=e+f$g&h'(i)*j!~_-.k", "/a%40b%3Ac%2Cd%3De%2Bf%24g%26h%27%28i%29%2Aj%21", "/...", "/.well-known/x"],
+)  # fmt: skip
+def test_d7_a_canonical_path_goes_on_as_it_is(path: str) -> None:
+    assert canonical_path(path.encode()) == path
+
+
+ESCAPED = st.binary(min_size=1, max_size=4).map(lambda raw: "".join(f"%{byte:02X}" for byte in raw))
+
+
+@given(
+    st.lists(
+        st.one_of(st.characters().map(quote), ESCAPED, st.sampled_from("/.;%aZ\\~@"), st.text(max_size=2)), max_size=8
+    )
+)
+def test_d7_every_path_has_one_spelling_that_policy_is_asked_about(pieces: list[str]) -> None:
+    """Of what is accepted, the last reading is what its own meaning is written as, and policy has a say in that."""
+    path = "/" + "".join(pieces)
+    try:
+        accepted = canonical_path(path.encode(errors="replace"))
+    except CallerError:
+        return
+    meaning = unquote(accepted, errors="strict")
+    assert accepted == path and quote(meaning, safe="/!$&'()*+,=:@~") == readings(accepted)[-1]
+    assert not any(category(character) == "Cc" or character in "%\\" for character in meaning)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/a/..;/admin", "/.;x/admin", "/v1/..;/admin", "/v1/.;x/..;y/admin", "/;/admin", "/a/;x/b", "/..;", "/a/.;", "/a%3Bb", "/%2;0",
+     "/%4;1dmin", "/a//b;x", "/a/../b;x"],
+)  # fmt: skip
+def test_d7_parameters_hide_no_dot_segment(path: str) -> None:
+    """Tomcat and others cut `;…` off each segment, and then resolve what is left."""
+    with pytest.raises(CallerError) as caught:
+        canonical_path(path.encode(), allow_semicolons=True)
+    assert caught.value.reason is Reason.AMBIGUOUS_PATH
+
+
+@pytest.mark.parametrize("path", ["/a;x", "/a;x=1;y=2/b;z", "/a;x=..", "/...;x", "/a/b;"])
+def test_d7_parameters_go_on_where_they_are_allowed(path: str) -> None:
+    assert canonical_path(path.encode(), allow_semicolons=True) == path
+
+
+async def test_d7_a_forbidden_path_is_forbidden_in_every_spelling() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with tunnel(stage, port_of(workflow.proxy_url), stage.search) as (reader, writer):
+            for path in ("/admin", "/%61dmin", "/adm%69n/users", "/%C1%A1dmin"):
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {stage.search.host}:{stage.search.port}\r\n\r\n".encode())
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert reason_of(head) == ("policy_denied" if path == "/admin" else "ambiguous_path")
+                length = re.search(rb"content-length: (\d+)", head)
+                assert length is not None
+                await reader.readexactly(int(length[1]))
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
+
+
 def test_d7_the_matched_bytes_are_the_sent_bytes() -> None:
     route = Router([TOOL]).route(TOOL, b"/a%20b/c?d=../e")
     assert (route.path, route.target) == ("/a%20b/c", b"/a%20b/c?d=../e")
@@ -339,6 +530,37 @@ async def test_n6_the_base_url_listener_answers_to_loopback_names_only() -> None
         port = port_of(stage.app.addresses["reverse"])
         answer = await raw(port, b"GET /search/ HTTP/1.1\r\nHost: rebound.evil.test\r\nConnection: close\r\n\r\n")
         assert reason_of(answer) == "authority_mismatch"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    ["Origin: https://evil.test", "Origin: null", "Origin: http://localhost.evil.test", "Origin: http://127.0.0.1@evil.test", "Origin:",
+     "Origin: chrome-extension://abcdef", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site", "sec-fetch-site: Cross-Site",
+     "Origin: https://evil.test\r\nSec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors", "Origin: http://127.0.0.1:8000 https://evil.test",
+     "Origin: http://localhost\r\nSec-Fetch-Site: same-site", "Sec-Fetch-Site: new-site"],
+)  # fmt: skip
+async def test_n6_a_web_page_reaches_no_tool_by_base_url(fields: str) -> None:
+    """A page in a browser of the agent's needs no handle at a workflow's own listener, and no-cors asks nobody."""
+    async with ready_stage() as stage:
+        port = port_of((await opened(stage, listener=True)).proxy_url)
+        head = f"POST /search/x HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{fields}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        answer = await raw(port, head.encode())
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "cross_site")
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
+
+
+async def test_n6_what_no_other_site_sent_goes_on() -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        port = port_of(workflow.proxy_url)
+        for fields in ("X: y", "Origin: http://localhost:3000", f"Origin: http://127.0.0.1:{port}\r\nSec-Fetch-Site: same-origin",
+                       "Origin: https://[::1]", "Sec-Fetch-Site: none"):  # fmt: skip
+            answer = await raw(
+                port, f"GET /search/x HTTP/1.1\r\nHost: localhost\r\n{fields}\r\nConnection: close\r\n\r\n".encode()
+            )
+            assert answer.startswith(b"HTTP/1.1 200"), (fields, answer)
+        async with client(stage, workflow.proxy_url, headers={"Origin": "https://app.test"}) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200, "the tool's own business"
 
 
 class Names:
@@ -389,7 +611,7 @@ N_ADDRESSES = (
     "192.0.0.192", "192.0.2.1", "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1",
     "fd00:ec2::254", "ff02::1", "2001:db8::1",
     "::ffff:127.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b:1::a00:1", "2002:7f00:1::1", "2001:0:0:0:0:0:80ff:fffe",
-    "2001:db8::5efe:7f00:1", "fec0::1",
+    "2001:db8::5efe:7f00:1", "fec0::1", "3fff::1", "5f00::1", "::ffff:0:7f00:1", "64:ff9b:1:7f00:0:100:808:808",
 )  # fmt: skip
 
 
@@ -528,18 +750,55 @@ async def test_l2_the_ca_key_is_nowhere_on_disk_and_signs_for_tools_only() -> No
         authority.leaf("evil.test")
 
 
-async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent() -> None:
-    async with ready_stage() as stage:
-        workflow = await opened(stage, listener=True)
-        async with client(stage, workflow.proxy_url) as agent:
-            await agent.get(url(stage.search))
-        token = stage.search.authorized[-1].removeprefix("Bearer ")
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            for name in ("environ", "cmdline"):
-                try:
-                    assert token.encode() not in path.with_name(name).read_bytes()
-                except OSError:
-                    continue
+SHAPES = re.compile(rb"slw_[0-9a-f]{8}|slh_[0-9a-f]{8}|eyJ[\w-]{8}|PRIVATE KEY")
+"""What a workflow's handle, a credential's handle, any JWT (token or SVID) and a key look like."""
+
+
+def processes_of(root: int) -> dict[int, bytes]:
+    """The process `root` and all that descend from it, each with its arguments and its environment, as the kernel shows them."""
+    found = {root: b""}
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    while more := {pid for pid, parent in parents.items() if parent in found} - set(found):
+        found.update(dict.fromkeys(more, b""))
+    for pid in found:
+        found[pid] = b"\0\0".join(Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+    return found
+
+
+async def test_l4_no_secret_in_the_environment_or_arguments_of_the_agent(tmp_path: Path) -> None:
+    """`exec` with a sidecar of its own, while the command runs and holds a live token and both kinds of handle."""
+    async with Servers() as servers:
+        script = f"curl -sS -o {tmp_path}/answer {url(servers.search)} && echo called && read line"
+        words = ("-m", "sidecar", "exec", "-c", f"{servers.dir}/spanlock.yaml", "--", "bash", "-c", script)
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "SPANLOCK_RUN_DIR": f"{tmp_path}/nobody"}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *words, env=env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert process.stdout is not None and await process.stdout.readline() == b"called\n"
+        shown = await asyncio.to_thread(processes_of, process.pid)
+        (agent,) = (text for text in shown.values() if text.startswith(b"bash\0-c"))
+        assert sum(b"--embedded-in" in text for text in shown.values()) == 1, "the sidecar is among those looked at"
+        variables = dict(entry.split(b"=", 1) for entry in agent.partition(b"\0\0")[2].split(b"\0") if b"=" in entry)
+        async with grpc.aio.insecure_channel("unix:" + variables[b"SPANLOCK_SOCKET"].decode()) as channel:
+            request = token_exchange_pb2.ExchangeRequest(
+                workflow_id=variables[b"SPANLOCK_WORKFLOW"].decode(), tool="search"
+            )
+            exchange = token_exchange_pb2_grpc.TokenExchangeStub(channel)  # type: ignore[no-untyped-call]
+            workflows = workflows_pb2_grpc.WorkflowsStub(channel)  # type: ignore[no-untyped-call]
+            issued = await exchange.Exchange(request)
+            another = await workflows.Open(pb.OpenRequest(name="another"))
+        token = servers.search.authorized[-1].removeprefix("Bearer ")
+        assert servers.issuer.active(token) and issued.access_token.startswith("slh_")
+        live = [token, issued.access_token, another.handle, *servers._secrets.values()]
+        for text in (await asyncio.to_thread(processes_of, process.pid)).values():
+            assert b"PATH=" in text, "the environment was there to be read"
+            assert not [secret for secret in live if secret.encode() in text] and not SHAPES.search(text)
+        await asyncio.wait_for(process.communicate(b"\n"), 50)
+        assert process.returncode == 0 and servers.issuer.active(token) is None
 
 
 def lead_to(stage: Stage, port: int) -> None:
@@ -625,7 +884,7 @@ class plain_tool:  # noqa: N801 - used like a function
         self._answer = answer
         self.seen: list[bytes] = []
 
-    async def __aenter__(self) -> tuple[object, httpx.AsyncClient, list[bytes]]:
+    async def __aenter__(self) -> tuple[Stage, httpx.AsyncClient, list[bytes]]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 while head := await reader.readuntil(b"\r\n\r\n"):

@@ -1,14 +1,13 @@
 """The `audit:` section."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from sidecar.paths import ConfigFile
+from sidecar.section import ConfigFile, Section
 
 
-class AuditConfig(BaseModel):
+class AuditConfig(Section):
     """Where the record goes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     file: ConfigFile = Field(
         default="-", description="Path of a JSON Lines file (made with mode 0600), or - for standard output."
     )

@@ -35,7 +35,7 @@ class AuditLog:
         self._broken = False
 
     def flow(self, record: FlowRecord) -> None:
-        """Notes one call. Never waits, never raises."""
+        """Notes one call. Never raises. Each fiftieth record writes the batch, and waits as long as a file's disk takes."""
         self._note(record)
 
     def lease(self, record: LeaseRecord) -> None:

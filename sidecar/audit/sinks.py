@@ -3,6 +3,7 @@
 import errno
 import os
 import queue
+import stat
 import threading
 
 _AHEAD = 256
@@ -15,9 +16,10 @@ class FileSink:
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._lines = _Lines(self._descriptor, _ends_in_mid_line(self._descriptor, path))
 
     def write(self, lines: bytes) -> None:
-        _write_all(self._descriptor, lines)
+        self._lines.write(lines)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -27,25 +29,26 @@ class StdoutSink:
     """Writes to standard output in a thread: a reader that stalls must not stop calls, closes and revocations."""
 
     def __init__(self, descriptor: int = 1) -> None:
-        self._descriptor = descriptor
+        self._lines = _Lines(descriptor)
         self._batches: queue.Queue[bytes | None] = queue.Queue(_AHEAD)
         self._error: OSError | None = None
         self._thread = threading.Thread(target=self._run, name="audit stdout", daemon=True)
         self._thread.start()
 
     def write(self, lines: bytes) -> None:
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        """Takes `lines`; raises what befell the batch before, since that of this one is not known yet."""
         try:
             self._batches.put_nowait(lines)
         except queue.Full:
             raise OSError(errno.EAGAIN, "standard output is not being read") from None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _run(self) -> None:
         while (lines := self._batches.get()) is not None:
             try:
-                _write_all(self._descriptor, lines)
+                self._lines.write(lines)
             except OSError as error:
                 self._error = error
 
@@ -58,6 +61,28 @@ class StdoutSink:
         self._thread.join(_LAST_SECONDS)
 
 
-def _write_all(descriptor: int, lines: bytes) -> None:
-    while lines:
-        lines = lines[os.write(descriptor, lines) :]
+class _Lines:
+    """Whole lines: after a write that ended in mid-line (a full disk), the next begins on a line of its own."""
+
+    def __init__(self, descriptor: int, in_mid_line: bool = False) -> None:
+        self._descriptor = descriptor
+        self._in_mid_line = in_mid_line
+
+    def write(self, lines: bytes) -> None:
+        left = b"\n" + lines if self._in_mid_line else lines
+        while left:
+            written = os.write(self._descriptor, left)
+            self._in_mid_line = left[written - 1 : written] != b"\n"
+            left = left[written:]
+
+
+def _ends_in_mid_line(descriptor: int, path: str) -> bool:
+    """Whether the last sidecar that wrote here was cut short. Only a regular file can be looked at without waiting."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    try:
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
+    except OSError:
+        return False  # empty, or not ours to read

@@ -1,4 +1,4 @@
-"""Validates configuration and policy, without starting anything; the daemon says the same words."""
+"""Validates configuration and policy without starting anything; names the key and the fix. The daemon says the same words."""
 
 import json
 import sys
@@ -12,10 +12,9 @@ from sidecar.policy.load import load_policy
 
 
 def command(
-    config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
+    config: str | None = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object."),
 ) -> None:
-    """Validates configuration and policy, without starting anything."""
     errors: list[str] = []
     notes: list[str] = []
     try:

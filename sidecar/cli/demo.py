@@ -1,11 +1,9 @@
-"""The whole story in one command, nothing else installed: an embedded SPIFFE Workload API, token service and two tools on
-real sockets, the real sidecar, and a small agent that calls them. Shows each credential's life, and the proof of its death."""
+"""The whole story in one command: embedded identity, issuer and tools, the real sidecar, and a small agent. Nothing else need
+be installed, and all sockets are real. Shows each credential's life, and the proof of its death."""
 
 import asyncio
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -20,18 +18,29 @@ import typer
 import uvloop
 
 from sidecar.cli import environment
+from sidecar.cli.foreign_uid import foreign_uid_refused
+from sidecar.cli.proof import Proof
+from sidecar.cli.residual import residual, seconds
 from sidecar.cli.stage import AGENT_ID, Stage
 from sidecar.client.trust import write_bundle
 from sidecar.control import convert
-from sidecar.demo.tools import masked
-from sidecar.errors import CallerError, Reason
+from sidecar.demo.tools import DemoTool, masked
 from sidecar.model.workflow import CloseReason
 from sidecar.telemetry.logging import configure
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
-_NOBODY = 65534
 _TRACE = "0af7651916cd43dd8448eb211c80319c"
+_SECONDS = 60.0
+"""For the whole story, which takes three: a step that never happens must fail it, not hold it up."""
+_FACTS = (
+    "ok",
+    "close_to_dropped_ms",
+    "close_to_revoked_ms",
+    "replay_status",
+    "introspection_before",
+    "introspection_active",
+)
 
 
 @dataclass
@@ -42,7 +51,7 @@ class Story:
     clock: Any
     started: float = 0.0
     ok: bool = True
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(_FACTS))
 
     def tell(self, step: str, text: str, good: bool = True, **facts: Any) -> None:
         """One step. A step that is not good makes the whole demo fail."""
@@ -60,7 +69,6 @@ def command(
     keep: bool = typer.Option(False, "--keep", help="Leaves it running and prints lines to paste."),
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line; the last has the measurements."),
 ) -> None:
-    """The whole story in one command: embedded identity, issuer and tools, the real sidecar, and a small agent."""
     configure("error", "console")
     raise typer.Exit(uvloop.run(_demo(crash, attack, keep, as_json)))
 
@@ -69,13 +77,11 @@ async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool) -> int:
     async with Stage() as stage:
         clock = stage.app.clock
         story = Story(as_json, clock, clock.monotonic())
-        ready = await stage.app.svids.wait_ready(10)
-        story.tell("identity", f"SVID for {AGENT_ID} fetched from the Workload API", ready)
-        await _main_story(stage, story)
-        if crash:
-            await _crash(stage, story)
-        if attack:
-            await _attacks(stage, story)
+        try:
+            async with asyncio.timeout(_SECONDS):
+                await _acts(stage, story, crash, attack)
+        except (grpc.RpcError, OSError, LookupError, ValueError) as error:
+            story.tell("broken off", f"the story did not come to its end: {type(error).__name__}", False)
         story.facts["ok"] = story.ok
         if as_json:
             print(json.dumps(story.facts), flush=True)
@@ -84,6 +90,17 @@ async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool) -> int:
         if keep:
             await _keep(stage)
         return 0 if story.ok else 1
+
+
+async def _acts(stage: Stage, story: Story, crash: bool, attack: bool) -> None:
+    ready = await stage.app.svids.wait_ready(10)
+    story.tell("identity", f"SVID for {AGENT_ID} fetched from the Workload API", ready)
+    async with Proof(stage) as proof:
+        await _main_story(stage, story, proof)
+        if crash:
+            await _crash(stage, story, proof)
+        if attack:
+            await _attacks(stage, story)
 
 
 @asynccontextmanager
@@ -95,21 +112,20 @@ async def _held(stage: Stage, trace_id: str = "") -> AsyncIterator[tuple[pb.Open
         yield (await stream.read()).opened, stream
 
 
-async def _main_story(stage: Stage, story: Story) -> None:
+async def _main_story(stage: Stage, story: Story, proof: Proof) -> None:
     async with _held(stage, _TRACE) as (opened, stream):
         story.tell("workflow", f"{opened.workflow.id} opened; its own listener is {opened.proxy_url}")
         answers = await _agent(stage, opened, story)
-        tokens = [
-            tool.authorized[-1].removeprefix("Bearer ") for tool in (stage.search, stage.reports) if tool.authorized
-        ]
-        _side_by_side(story, answers, tokens)
-        before = _active(stage, tokens)
-        story.tell("proof", f"introspection before the close: active: {str(before).lower()}", before)
+        tools = (stage.search, stage.reports)
+        stolen = [(tool, tool.authorized[-1].removeprefix("Bearer ")) for tool in tools if tool.authorized]
+        _side_by_side(story, answers, [token for _, token in stolen])
+        before = [await proof.active(tool, token) for tool, token in stolen] == [True, True]
+        story.tell("proof", f"both tokens introspected at the issuer before the close: active: {_word(before)}", before)
         story.facts["introspection_before"] = before
         await stream.write(pb.HoldRequest(close=True))
         report = (await stream.read()).closed
     _tell_end(story, report, "closed", 2)
-    await _prove(stage, story, tokens)
+    await _prove(story, proof, stolen, report)
 
 
 async def _agent(stage: Stage, opened: pb.OpenResponse, story: Story) -> list[dict[str, Any]]:
@@ -139,6 +155,8 @@ async def _spawn(
 
 
 def _side_by_side(story: Story, answers: list[dict[str, Any]], tokens: list[str]) -> None:
+    if len(answers) != 2 or len(tokens) != 2:
+        story.tell("injected", "one of the tools saw no credential", False)
     for answer, token in zip(answers, tokens, strict=False):
         sent = answer.get("sent", {})
         clean = not any("auth" in name.lower() for name in sent)
@@ -150,12 +168,12 @@ def _side_by_side(story: Story, answers: list[dict[str, Any]], tokens: list[str]
         )
 
 
-def _active(stage: Stage, tokens: list[str]) -> bool:
-    """The issuer's own word, by the same look-up before and after."""
-    return bool(tokens) and all(stage.issuer.active(token) is not None for token in tokens)
+def _word(value: object) -> str:
+    """As JSON has it; `no answer` for None."""
+    return "no answer" if value is None else json.dumps(value)
 
 
-async def _crash(stage: Stage, story: Story) -> None:
+async def _crash(stage: Stage, story: Story, proof: Proof) -> None:
     """The holder of a workflow is killed with -9 in mid-stream: nobody says goodbye, and it dies all the same."""
     stream = f"https://{stage.search.host}:{stage.search.port}/stream"
     variables = {**os.environ, "SPANLOCK_SOCKET": str(stage.agent_socket), "DEMO_STREAM": stream}
@@ -165,7 +183,7 @@ async def _crash(stage: Stage, story: Story) -> None:
         env=variables, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     first = await process.stdout.readline() if process.stdout is not None else b""
-    workflow = next(w for w in stage.app.registry.remembered("demo") if w.is_open)
+    (workflow,) = [w for w in stage.app.registry.remembered("demo") if w.is_open]
     token = stage.search.authorized[-1].removeprefix("Bearer ")
     story.tell("crash", f"{workflow.id}: the agent streams; its process is killed with -9 now", bool(first))
     process.kill()
@@ -174,7 +192,8 @@ async def _crash(stage: Stage, story: Story) -> None:
         await stage.app.clock.sleep(0.001)
     report = convert.close_report(await stage.app.registry.close(workflow, CloseReason.CLOSED))
     _tell_end(story, report, "holder_gone", 1)
-    story.tell("proof", "the crashed agent's token at the issuer: active: false", stage.issuer.active(token) is None)
+    after = await proof.active(stage.search, token)
+    story.tell("proof", f"the crashed agent's token introspected at the issuer: active: {_word(after)}", after is False)
     while stage.search.streams:
         await stage.app.clock.sleep(0.001)
     story.tell("cut", "the stream that carried it is cut at the tool")
@@ -190,9 +209,8 @@ def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: 
         report.reason == reason,
     )
     for end in report.leases:
-        residual = f"may be accepted there for {end.residual.seconds} s more" if end.residual.seconds else "dead there"
-        text = f"{end.tool}: {end.at_issuer} at the issuer; at the tool ({end.token_check}): {residual}"
-        story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=end.residual.seconds)
+        text = f"{end.tool}: {end.at_issuer} at the issuer; residual at the tool ({end.token_check}): {residual(end)}"
+        story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=seconds(end))
     story.tell(
         "revoked",
         f"the issuer has confirmed {len(report.leases)} credentials after {revoked:.1f} ms",
@@ -200,20 +218,20 @@ def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: 
     )
 
 
-async def _prove(stage: Stage, story: Story, tokens: list[str]) -> None:
-    after = _active(stage, tokens)
-    story.tell("proof", f"introspection after the close, same look-up: active: {str(after).lower()}", not after)
-    replayed = [
-        await tool.accepts(f"Bearer {token}") for tool, token in zip((stage.search, stage.reports), tokens, strict=True)
-    ]
-    status = 401 if replayed[0] is None else 200
-    story.facts |= {"introspection_active": after, "replay_status": status}
-    story.tell("replay", f"the same token at the introspecting tool: {status}", status == 401)
-    story.tell(
-        "replay",
-        "the same token at the offline tool: still 200 until it expires; that is what offline checks mean",
-        replayed[1] is not None,
-    )
+async def _prove(story: Story, proof: Proof, stolen: list[tuple[DemoTool, str]], report: pb.CloseResponse) -> None:
+    """The same look-up as before the close, and both tokens as a thief would use them."""
+    if len(stolen) != 2:
+        story.tell("proof", "a token is missing: nothing can be proved", False)
+        return
+    looked_up = [await proof.active(tool, token) for tool, token in stolen]
+    after = None if None in looked_up else any(looked_up)
+    story.tell("proof", f"introspection after the close, same look-up: active: {_word(after)}", after is False)
+    search, reports = [await proof.replay(tool, token) for tool, token in stolen]
+    story.facts |= {"introspection_active": after, "replay_status": search}
+    story.tell("replay", f"the same token at the introspecting tool, over HTTPS: {_word(search)}", search == 401)
+    left = next((residual(end) for end in report.leases if end.token_check == "offline"), "none")
+    text = f"the same token at the offline tool, over HTTPS: {_word(reports)}; residual life {left}: it asks nobody"
+    story.tell("replay", text, reports == 200 and left != "none")
 
 
 async def _attacks(stage: Stage, story: Story) -> None:
@@ -224,7 +242,7 @@ async def _attacks(stage: Stage, story: Story) -> None:
         target = f"{stage.search.host}:{stage.search.port}"
         answer = await _raw(port, f"GET http://{target}/ HTTP/1.1\r\nHost: evil.test\r\n\r\n")
         story.tell("attack", "a Host that is not the destination: refused", b"authority_mismatch" in answer)
-        story.tell("attack", *await _foreign_uid_refused(stage, opened.handle))
+        story.tell("attack", *await foreign_uid_refused(stage, opened.handle))
         stolen = opened.handle
         await stream.write(pb.HoldRequest(close=True))
         await stream.read()
@@ -234,27 +252,6 @@ async def _attacks(stage: Stage, story: Story) -> None:
         )
         story.tell("attack", "a stolen handle of a closed workflow: 407", answer.startswith(b"HTTP/1.1 407"))
         story.tell("attack", "no credential was minted for any of it", stage.issuer.minted == mint)
-
-
-async def _foreign_uid_refused(stage: Stage, handle: str) -> tuple[str, bool]:
-    """Another uid with a handle that is good: what was done, and whether it was refused."""
-    bash = shutil.which("bash")
-    if os.getuid() != 0 or bash is None:
-        try:
-            stage.app.callers.by_uid(os.getuid() + 4242)
-        except CallerError as error:
-            return (
-                "a foreign uid: unknown here (only root can become one to try)",
-                error.reason is Reason.UNKNOWN_CALLER,
-            )
-        return "a foreign uid", False
-    port = stage.app.addresses["reverse"].rpartition(":")[2]
-    lines = ("GET /search/ HTTP/1.1", "Host: 127.0.0.1", f"x-spanlock-workflow: {handle}", "Connection: close", "", "")
-    request = r"\r\n".join(lines)
-    script = f"exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{request}' >&3; cat <&3"
-    words = [bash, "-c", script]
-    done = await asyncio.to_thread(subprocess.run, words, user=_NOBODY, cwd="/", capture_output=True, check=False)
-    return f"uid {_NOBODY} with a handle that is good: refused", b"unknown_caller" in done.stdout
 
 
 async def _raw(port: int, request: str) -> bytes:

@@ -5,7 +5,7 @@ killed it, or came before it ran; 125 Spanlock failed, 126 not executable, 127 n
 import json
 import os
 import secrets
-import socket as sockets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import grpc
 import typer
@@ -22,8 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment, shim, stdio
 from sidecar.cli.embedded import Configuration, Embedded
+from sidecar.cli.residual import residual, seconds
 from sidecar.cli.signals import Interrupted, Signals
 from sidecar.cli.terminal import Terminal, wait
+from sidecar.client import sockets
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
@@ -31,6 +33,10 @@ from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 _Answer = TypeVar("_Answer")
 _FAILED = 125
 _START_SECONDS = 15.0
+_RECEIPT = (
+    "Writes how each credential ended to this file, as JSON. `residual_seconds` is rounded up; null: no end. When the sidecar "
+    "went away, `reason` is unknown and `credentials` null."
+)
 
 
 class _Failure(Exception):
@@ -39,12 +45,15 @@ class _Failure(Exception):
 
 def command(
     cmd: list[str] = typer.Argument(..., metavar="-- CMD…", help="The command and its arguments."),
-    config: str = typer.Option(None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."),
-    agent: str = typer.Option(None, "--agent", help="Which declared agent the command is. Default: the only one."),
+    config: str | None = typer.Option(
+        None, "-c", "--config", help="Embed a sidecar with this configuration when none runs."
+    ),
+    agent: str | None = typer.Option(
+        None, "--agent", help="Which declared agent the command is. Default: the only one."
+    ),
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
-    receipt: str = typer.Option(None, "--receipt", help="Writes how each credential ended to this file, as JSON."),
+    receipt: str | None = typer.Option(None, "--receipt", help=_RECEIPT),
 ) -> None:
-    """Runs a command inside a workflow of its own; everything it was given dies when it ends."""
     stdio.settle()
     try:
         status = _exec(cmd, config, agent, name, receipt)
@@ -63,15 +72,15 @@ def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, rece
     inherited = dict(os.environ) if configuration is None else configuration.without_secrets(os.environ)
     with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as directory, _receipt(receipt) as writing:
         work = _Work(cmd, name or Path(cmd[0]).name, inherited, Path(directory), signals)
-        socket = _agent_socket(agent)
-        if configuration is not None and (socket is None or not _lives(socket)):
-            status, report = _with_a_sidecar_of_its_own(work, configuration, agent)
-        elif socket is None:
+        running = _only(sockets.candidates(agent))
+        if configuration is not None and (running is None or not _lives(running)):
+            ended = _with_a_sidecar_of_its_own(work, configuration, agent)
+        elif running is None:
             raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
         else:
-            status, report = work.run(socket)
-        _tell(report, writing)
-        return status
+            ended = work.run(running)
+        _tell(ended.workflow_id, ended.report, writing)
+        return ended.status
 
 
 def _configuration(path: str | None) -> Configuration | None:
@@ -81,23 +90,29 @@ def _configuration(path: str | None) -> Configuration | None:
         raise _Failure(error.detail) from None
 
 
-def _with_a_sidecar_of_its_own(
-    work: "_Work", configuration: Configuration, agent: str | None
-) -> tuple[int, pb.CloseResponse | None]:
+def _with_a_sidecar_of_its_own(work: "_Work", configuration: Configuration, agent: str | None) -> "_Ended":
     """It ends before the closing line, which is the last: what it says at its end may be what it could not revoke."""
     sidecar = Embedded(configuration, work.private / "run")
     report = None
     try:
         with work.signals.waiting():
-            socket = _listening(sidecar, agent, configuration.path)
-        status, report = work.run(socket)
+            running = _listening(sidecar, agent, configuration.path)
+        ended = work.run(running)
+        report = ended.report
     finally:
         problem = sidecar.end()
         if report is not None and not problem and any(end.at_issuer == "failed" for end in report.leases):
             problem = "what had failed at the close was revoked or expired before the embedded sidecar ended"
         if problem:
             print(f"spanlock: {problem}", file=sys.stderr)
-    return status, report
+    return ended
+
+
+class _Ended(NamedTuple):
+    status: int
+    workflow_id: str
+    report: pb.CloseResponse | None
+    """How each credential ended; None when the sidecar went away."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +125,12 @@ class _Work:
     private: Path
     signals: Signals
 
-    def run(self, socket: Path) -> tuple[int, pb.CloseResponse | None]:
-        """Inside a workflow, which closes however the command ends. Its status, and how each credential ended."""
+    def run(self, running: Path) -> _Ended:
+        """Inside a workflow of the sidecar on the socket `running`, which closes however the command ends."""
         trace_id = secrets.token_hex(16)
-        held = workflow(self.name, socket=str(socket), trace_id=trace_id)
+        held = workflow(self.name, socket=str(running), trace_id=trace_id)
         with self.signals.waiting():
-            _await_identity(socket)
+            _await_identity(running)
         try:
             with self.signals.waiting():
                 _open(held)
@@ -126,12 +141,12 @@ class _Work:
                 f"00-{trace_id}-{secrets.token_hex(8)}-01",
                 held.opened.otlp_endpoint,
             )
-            variables["SPANLOCK_SOCKET"] = str(socket)
-            variables["SPANLOCK_WORKFLOW"] = held.id
+            variables["SPANLOCK_SOCKET"] = str(running)
+            variables["SPANLOCK_WORKFLOW"] = workflow_id = held.id
             status = _run(self.command, variables, self.signals)
         finally:
             report = held.close()
-        return status, report
+        return _Ended(status, workflow_id, report)
 
 
 def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
@@ -152,12 +167,12 @@ def _open(held: WorkflowHold) -> None:
         raise _Failure(f"the sidecar did not open a workflow: {error}") from None
 
 
-def _lives(socket: Path) -> bool:
+def _lives(path: Path) -> bool:
     """False for what a sidecar that was killed has left behind. What we may not ask lives, as far as we know."""
-    with sockets.socket(sockets.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(_START_SECONDS)
         try:
-            probe.connect(str(socket))
+            probe.connect(str(path))
         except (ConnectionRefusedError, FileNotFoundError):
             return False
         except OSError:
@@ -165,15 +180,8 @@ def _lives(socket: Path) -> bool:
     return True
 
 
-def _agent_socket(agent: str | None) -> Path | None:
-    """The socket of a sidecar that runs: SPANLOCK_SOCKET, or the (only) agent's in the run directory."""
-    if (named := os.environ.get("SPANLOCK_SOCKET")) and agent is None:
-        return Path(named)
-    return _socket_in(Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock")), agent)
-
-
-def _socket_in(run_dir: Path, agent: str | None) -> Path | None:
-    found = sorted((run_dir / "agents").glob(f"{agent or '*'}/agent.sock"))
+def _only(found: list[Path]) -> Path | None:
+    """The socket of a sidecar that runs; None when none does."""
     if len(found) > 1:
         raise _Failure(
             f"several agents are declared; say which with --agent ({', '.join(p.parent.name for p in found)})"
@@ -187,24 +195,24 @@ def _listening(sidecar: Embedded, agent: str | None, config: str) -> Path:
     def found() -> Path | None:
         if not sidecar.runs:
             raise _Failure("the embedded sidecar did not start; its messages are above")
-        return _socket_in(sidecar.run_dir, agent)
+        return _only(sockets.below(sidecar.run_dir, agent))
 
-    socket = _await(found)
-    if socket is None:
+    path = _await(found)
+    if path is None:
         raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
-    return socket
+    return path
 
 
-def _await_identity(socket: Path) -> None:
+def _await_identity(path: Path) -> None:
     """A command that started before its identity had come would be refused its first calls."""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
+    with grpc.insecure_channel(f"unix:{path}") as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         try:
             request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
             if not _await(lambda: check(request, timeout=_START_SECONDS).status == serving):
                 raise _Failure(f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why")
         except grpc.RpcError as error:
-            raise _Failure(f"no sidecar answers on {socket}: {error.details()}") from None
+            raise _Failure(f"no sidecar answers on {path}: {error.details()}") from None
 
 
 def _await(ask: Callable[[], _Answer]) -> _Answer:
@@ -223,50 +231,57 @@ def _run(cmd: list[str], variables: dict[str, str], signals: Signals) -> int:
         return wait(child, terminal)
 
 
-def _tell(report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
-    """The last line on standard error: what died, and what did not."""
-    if report is None:
-        print("spanlock: the sidecar went away; what it held ends with its own expiry", file=sys.stderr)
-        return
-    print(f"spanlock: {summary(report)}", file=sys.stderr)
+def _tell(workflow_id: str, report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
+    """The last line on standard error, and the receipt: what died, and what did not."""
+    gone = "the sidecar went away; what it held ends with its own expiry"
+    print(f"spanlock: {gone if report is None else summary(report)}", file=sys.stderr)
     if receipt is not None:
-        ends = [
-            {
-                "lease": end.lease_id,
-                "tool": end.tool,
-                "at_issuer": end.at_issuer,
-                "residual_seconds": end.residual.seconds,
-                "token_check": end.token_check,
-                "uses": end.uses,
-            }
-            for end in report.leases
-        ]
-        document = {
-            "workflow": report.workflow_id,
-            "reason": report.reason,
-            "close_to_dropped_ms": report.dropped_after.ToNanoseconds() / 1e6,
-            "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
-            "credentials": ends,
+        receipt.write(json.dumps(_unknown(workflow_id) if report is None else _document(report), indent=1) + "\n")
+
+
+def _document(report: pb.CloseResponse) -> dict[str, Any]:
+    """The receipt."""
+    ends = [
+        {
+            "lease": end.lease_id,
+            "tool": end.tool,
+            "at_issuer": end.at_issuer,
+            "residual_seconds": seconds(end),
+            "token_check": end.token_check,
+            "uses": end.uses,
         }
-        receipt.write(json.dumps(document, indent=1) + "\n")
+        for end in report.leases
+    ]
+    return {
+        "workflow": report.workflow_id,
+        "reason": report.reason,
+        "close_to_dropped_ms": report.dropped_after.ToNanoseconds() / 1e6,
+        "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
+        "credentials": ends,
+    }
+
+
+def _unknown(workflow_id: str) -> dict[str, Any]:
+    """The receipt of a workflow whose end nobody told us: the same fields, and not a word that is not known."""
+    times = {"close_to_dropped_ms": None, "close_to_revoked_ms": None}
+    return {"workflow": workflow_id, "reason": "unknown", **times, "credentials": None}
 
 
 def summary(report: pb.CloseResponse) -> str:
-    """`3 credentials: 2 confirmed dead, 1 residual at most 240 s (reports: offline); closed in 38 ms`."""
+    """What died and what did not, in one line; for example:
+
+    2 credentials: 1 confirmed dead, 1 confirmed, residual at the tool (reports: offline, at most 241 s); revoked in 38 ms
+    """
     if not report.leases:
         return "no credentials were needed"
     counts: dict[str, int] = {}
     for end in report.leases:
-        word = (
-            "confirmed dead"
-            if end.at_issuer == "confirmed" and not end.residual.ToNanoseconds()
-            else str(end.at_issuer)
-        )
+        word = "confirmed dead" if end.at_issuer == "confirmed" and seconds(end) == 0 else str(end.at_issuer)
         counts[word] = counts.get(word, 0) + 1
     parts = [f"{count} {word}" for word, count in counts.items()]
-    residual = [e for e in report.leases if e.residual.ToNanoseconds()]
-    if residual:
-        tools = ", ".join(f"{e.tool}: {e.token_check}, at most {e.residual.seconds} s" for e in residual)
+    living = [end for end in report.leases if seconds(end) != 0]
+    if living:
+        tools = ", ".join(f"{end.tool}: {end.token_check}, {residual(end)}" for end in living)
         parts.append(f"residual at the tool ({tools})")
     milliseconds = report.revoked_after.ToNanoseconds() / 1e6
     number = len(report.leases)

@@ -9,10 +9,9 @@ from sidecar.errors import EXPLANATIONS, Reason
 
 
 def command(
-    reason: str = typer.Argument(None, help="As in x-spanlock-reason; without one, all are listed."),
+    reason: str | None = typer.Argument(None, help="As in x-spanlock-reason; without one, all are listed."),
     as_json: bool = typer.Option(False, "--json", help="JSON."),
 ) -> None:
-    """What a reason means and what to do about it."""
     if reason is not None and reason not in set(Reason):
         print(f"spanlock: no such reason; `spanlock explain` lists all {len(Reason)}", file=sys.stderr)
         raise typer.Exit(2)

@@ -10,12 +10,11 @@ def command(
     workflow: str = typer.Option("", "--workflow", help="Of this workflow only."),
     agent: str = typer.Option("", "--agent", help="Of this agent only."),
     tool: str = typer.Option("", "--tool", help="For this tool only."),
-    socket: str = operator.SOCKET,
+    socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Live leases: who may use what until when. Never a value."""
     request = pb.LeasesRequest(workflow_id=workflow, agent=agent, tool=tool)
-    found = operator.call(socket, lambda stub: stub.Leases(request, timeout=5))
+    found: pb.LeasesResponse = operator.call(socket, lambda stub: stub.Leases(request, timeout=5))
     if as_json:
         print(operator.as_json(found))
         return

@@ -1,10 +1,12 @@
 """`spanlock`: finds the verb and loads only its file, so that the command starts fast."""
 
+import ast
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,17 +16,7 @@ from sidecar import __version__
 
 _UsageError: Any = typer.BadParameter.__base__  # typer does not name it
 
-_VERBS = {
-    "demo": "The whole story in one command: embedded identity, issuer, tools, a real sidecar and an agent.",
-    "run": "The daemon.",
-    "exec": "Runs a command inside a workflow of its own; everything it was given dies when it ends.",
-    "check": "Validates configuration and policy; names the key and the fix.",
-    "status": "What works, what does not, since when, and what that means.",
-    "workflows": "Open and lately closed workflows.",
-    "leases": "Live leases.",
-    "revoke": "Drops and revokes by workflow, agent, tool, or everything.",
-    "explain": "What a reason means and what to do.",
-}
+_VERBS = ("demo", "run", "exec", "check", "status", "workflows", "leases", "revoke", "explain")
 
 
 class _Exec(TyperCommand):
@@ -39,7 +31,7 @@ class _Exec(TyperCommand):
 
 
 class _Verbs(TyperGroup):
-    """Each verb is a module of this package with a function of its own name."""
+    """Each verb is a module of this package, and its `command` is what runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_VERBS)
@@ -58,7 +50,14 @@ class _Verbs(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_VERBS.items()))
+            formatter.write_dl([(verb, _sentence(verb)) for verb in _VERBS])
+
+
+def _sentence(verb: str) -> str:
+    """What the verb is for: the first sentence of its file, which is read and not run, so that the list is there at once."""
+    source = Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8")
+    words = (ast.get_docstring(ast.parse(source)) or "").split()
+    return " ".join(words).partition(". ")[0].removesuffix(".") + "."
 
 
 app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None)

@@ -5,20 +5,22 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from sidecar.wire.spanlock.v1 import admin_pb2_grpc
 
+_Answer = TypeVar("_Answer")
 SOCKET = typer.Option(None, "--socket", help="Operator socket. Default: SPANLOCK_RUN_DIR/operator/operator.sock.")
 JSON = typer.Option(False, "--json", help="One JSON object.")
 
 
-def call(socket: str | None, ask: Callable[[Any], Any]) -> Any:
+def call(socket: str | None, ask: Callable[[admin_pb2_grpc.AdminStub], _Answer]) -> _Answer:
     """Calls the Admin service. Exits 1 with one line when the daemon does not answer or refuses."""
     path = (
         Path(socket) if socket else Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock")) / "operator/operator.sock"
@@ -48,9 +50,15 @@ def _why(path: Path) -> str:
 
 def as_json(message: Message) -> str:
     """The message as one line, every field present."""
-    return json.dumps(
-        MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return json.dumps(as_dict(message))
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """The message as JSON has it, every field present."""
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
+    return fields
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -62,6 +70,6 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def when(stamp: Any) -> str:
+def when(stamp: Timestamp) -> str:
     """A timestamp for people; "-" when unset."""
     return stamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ") if stamp.seconds else "-"

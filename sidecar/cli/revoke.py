@@ -1,10 +1,13 @@
-"""Drops credentials here at once and revokes them at their issuers."""
+"""Drops credentials here at once and revokes them at their issuers: of a workflow, of an agent, for a tool, or all."""
 
+import json
 import sys
+from typing import Any
 
 import typer
 
 from sidecar.cli import operator
+from sidecar.cli.residual import residual, seconds
 from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 
@@ -13,19 +16,30 @@ def command(
     agent: str = typer.Option("", "--agent", help="Of this agent."),
     tool: str = typer.Option("", "--tool", help="For this tool."),
     everything: bool = typer.Option(False, "--all", help="Every lease there is."),
-    reissue: bool = typer.Option(False, "--reissue", help="The next use gets a new credential; without it, none."),
-    socket: str = operator.SOCKET,
+    reissue: bool = typer.Option(
+        False,
+        "--reissue",
+        help="The next use gets a new credential; without it, the workflows that are open now get none.",
+    ),
+    socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
-    """Drops credentials here at once and revokes them at their issuers."""
     if not (workflow or agent or tool or everything):
         print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
         raise typer.Exit(2)
     request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
-    done = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
+    done: pb.RevokeResponse = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
     if as_json:
-        print(operator.as_json(done))
+        print(json.dumps(_with_null(operator.as_dict(done), done)))
     else:
-        rows = [(e.lease_id, e.tool, e.at_issuer, f"{e.residual.seconds} s", e.uses) for e in done.ends]
-        print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL AT MOST", "USES"), rows))
+        rows = [(e.lease_id, e.tool, e.at_issuer, residual(e), e.uses) for e in done.ends]
+        print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL", "USES"), rows))
     raise typer.Exit(1 if any(end.at_issuer == "failed" for end in done.ends) else 0)
+
+
+def _with_null(said: dict[str, Any], done: pb.RevokeResponse) -> dict[str, Any]:
+    """`residual` as in every JSON of ours: null when there is no end."""
+    for shown, end in zip(said["ends"], done.ends, strict=True):
+        if seconds(end) is None:
+            shown["residual"] = None
+    return said

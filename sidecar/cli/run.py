@@ -22,10 +22,11 @@ _PR_SET_DUMPABLE = 4
 
 
 def command(
-    config: str = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
-    embedded_in: str = typer.Option(None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."),
+    config: str | None = typer.Option(None, "-c", "--config", help="spanlock.yaml."),
+    embedded_in: str | None = typer.Option(
+        None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."
+    ),
 ) -> None:
-    """Runs the sidecar until SIGTERM: the proxy, the agents' sockets, the operator's socket. SIGHUP reloads."""
     if embedded_in is not None:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it logs to a terminal whose foreground is the command's
     try:

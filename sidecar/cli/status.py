@@ -6,9 +6,8 @@ from sidecar.cli import operator
 from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 
-def command(socket: str = operator.SOCKET, as_json: bool = operator.JSON) -> None:
-    """What works, what does not, since when, when it is tried again, and what that means for calls."""
-    status = operator.call(socket, lambda stub: stub.Status(pb.StatusRequest(), timeout=5))
+def command(socket: str | None = operator.SOCKET, as_json: bool = operator.JSON) -> None:
+    status: pb.StatusResponse = operator.call(socket, lambda stub: stub.Status(pb.StatusRequest(), timeout=5))
     if as_json:
         print(operator.as_json(status))
     else:

@@ -1,2 +1,3 @@
-"""What an agent imports: `sidecar.client.workflow.workflow()` (sync and async), `sidecar.client.otel.SpanlockSpanProcessor`.
-Needs grpcio and protobuf, no more."""
+"""What an agent imports: `workflow` (`sidecar.client.workflow.workflow()`, sync and async), `otel`
+(`sidecar.client.otel.SpanlockSpanProcessor`, which opens and closes with a root span), `trust` (the sidecar's CA beside the
+system's roots), `sockets` (where the agent's socket is). Needs grpcio and protobuf, no more."""

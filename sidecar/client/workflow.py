@@ -4,11 +4,11 @@ The workflow is held open by a stream, so that a crash of this process closes it
 """
 
 import asyncio
-import os
 import queue
 import ssl
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +16,9 @@ from typing import Any
 
 import grpc
 
-from sidecar.client import trust
+from sidecar.client import sockets, trust
 from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2, workflows_pb2_grpc
 
-_DEFAULT = "/run/spanlock/agent.sock"
 _OPEN_SECONDS = 10.0
 _CALL_SECONDS = 30.0
 """The sidecar's own deadlines are shorter: past these it hangs, and the agent must not hang with it."""
@@ -32,7 +31,7 @@ class SpanlockUnavailable(RuntimeError):
 class WorkflowHold:
     """An open workflow. `close` (or the end of the block) drops and revokes everything, and returns the report."""
 
-    def __init__(self, socket: str, request: workflows_pb2.OpenRequest) -> None:
+    def __init__(self, socket: str | None, request: workflows_pb2.OpenRequest) -> None:
         self._socket = socket
         self._request = request
         self._requests: queue.SimpleQueue[workflows_pb2.HoldRequest | None] = queue.SimpleQueue()
@@ -87,7 +86,8 @@ class WorkflowHold:
 
     def open(self) -> "WorkflowHold":
         """Opens. Raises `SpanlockUnavailable`."""
-        self._channel = grpc.insecure_channel(f"unix:{self._socket}")
+        socket = self._socket or _only_socket()
+        self._channel = grpc.insecure_channel(f"unix:{socket}")
         self._requests.put(workflows_pb2.HoldRequest(open=self._request))
         self._stream = workflows_pb2_grpc.WorkflowsStub(self._channel).Hold(self._feed())  # type: ignore[no-untyped-call]
         try:
@@ -96,7 +96,7 @@ class WorkflowHold:
         except (grpc.RpcError, StopIteration) as error:
             self._requests.put(None)
             self._channel.close()
-            raise SpanlockUnavailable(f"{self._socket}: {_why(error)}") from None
+            raise SpanlockUnavailable(f"{socket}: {_why(error)}") from None
         return self
 
     @contextmanager
@@ -158,12 +158,40 @@ class WorkflowHold:
         self.close()
 
     async def __aenter__(self) -> "WorkflowHold":
-        return await asyncio.to_thread(self.open)
+        executor = ThreadPoolExecutor(1, "spanlock open")
+        opening = executor.submit(self.open)
+        executor.shutdown(wait=False)
+        try:
+            return await asyncio.wrap_future(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
+
+    def _close_unwanted(self, opening: Future["WorkflowHold"]) -> None:
+        """A thread cannot be cancelled: what it opens after all, for nobody, is closed as soon as it is open."""
+        if not opening.cancelled() and opening.exception() is None:
+            threading.Thread(target=self.close, name="spanlock close").start()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _only_socket() -> str:
+    """Raises `SpanlockUnavailable` when it cannot be known which socket is this agent's."""
+    found = sockets.candidates()
+    if len(found) == 1:
+        return str(found[0])
+    where = sockets.run_dir() / "agents"
+    if found:
+        names = ", ".join(path.parent.name for path in found)
+        raise SpanlockUnavailable(
+            f"several agents have a socket in {where} ({names}); set SPANLOCK_SOCKET to this one's"
+        )
+    raise SpanlockUnavailable(
+        f"no agent's socket in {where}; is the sidecar running (`spanlock run`)? Set SPANLOCK_SOCKET or SPANLOCK_RUN_DIR"
+    )
 
 
 def _why(error: Exception) -> str:
@@ -181,11 +209,12 @@ def workflow(
 ) -> WorkflowHold:
     """A workflow for one piece of work: use it in a `with` or `async with` block.
 
-    `socket`: the agent's socket; default SPANLOCK_SOCKET. `trace_id` (32 hex digits) lets calls bind by traceparent, and
-    `root_span_id` names the span whose end in OTLP closes. `subject_token`: a user's token to exchange on behalf of.
+    `socket`: the agent's socket; default SPANLOCK_SOCKET, else the only one under SPANLOCK_RUN_DIR (/run/spanlock), looked for
+    when the block begins. `trace_id` (32 hex digits) lets calls bind by traceparent, and `root_span_id` names the span whose
+    end in OTLP closes. `subject_token`: a user's token to exchange on behalf of.
     """
     shown = "".join(c if c.isprintable() else "?" for c in name[:128])  # it is a label: no reason to fail the work
     request = workflows_pb2.OpenRequest(
         name=shown, trace_id=trace_id, root_span_id=root_span_id, subject_token=subject_token, listener=True
     )
-    return WorkflowHold(socket or os.environ.get("SPANLOCK_SOCKET", _DEFAULT), request)
+    return WorkflowHold(socket, request)

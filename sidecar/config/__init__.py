@@ -1,1 +1,2 @@
-"""`schema` collects each package's section, `load` reads and checks a file, `json_schema` is for editors."""
+"""`schema` (each package's section, and what must hold between them), `load` (reads and checks a file), `advice` (what is
+allowed and should be known), `json_schema` (for editors)."""

@@ -10,7 +10,7 @@ from sidecar.config.schema import Settings
 from sidecar.credentials.config import StaticConfig
 from sidecar.identity.callers import Callers, isolation
 from sidecar.model.caller import Isolation
-from sidecar.proxy.egress import is_loopback
+from sidecar.proxy.egress import stays_here
 from sidecar.tools.names import embeds_ip
 
 
@@ -46,7 +46,7 @@ def _issuers(settings: Settings) -> Iterator[str]:
 def _tools(settings: Settings) -> Iterator[str]:
     for index, tool in enumerate(settings.tools):
         key, noun = f"tools[{index}]", tool.build()
-        if noun.scheme == "http" and not is_loopback(noun.authority.host):
+        if noun.scheme == "http" and not stays_here(noun):
             yield f"{key}: {tool.name} is plain http: its credential can be read on the way"
         if tool.export:
             yield f"{key}: {tool.name} exports its real token to the agent"

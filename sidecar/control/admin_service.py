@@ -60,11 +60,10 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeResponse:
         if not (request.workflow_id or request.agent or request.tool or request.all):
             raise CallerError(Reason.INVALID_ARGUMENT, "name workflow_id, agent or tool, or say all")
+        workflow, agent = request.workflow_id or None, request.agent or None
+        open_now = [w for w in self._ops.registry.remembered(agent) if w.is_open and workflow in (None, w.id)]
         ends = await self._ops.broker.withdraw(
-            workflow=request.workflow_id or None,
-            agent=request.agent or None,
-            tool=request.tool or None,
-            reissue=request.reissue,
+            workflow=workflow, agent=agent, tool=request.tool or None, bar=() if request.reissue else open_now
         )
         return pb.RevokeResponse(ends=[convert.lease_end(end) for end in ends])
 

@@ -7,8 +7,8 @@ from sidecar.model.lease import CloseReport, Lease, LeaseEnd
 from sidecar.model.workflow import Workflow
 from sidecar.wire.spanlock.v1 import admin_pb2, workflows_pb2
 
-_UNBOUNDED = 315_576_000_000
-"""The largest Duration there is: a residual life without end."""
+UNBOUNDED = 315_576_000_000
+"""The largest Duration there is, in seconds: a residual life without end."""
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -23,7 +23,7 @@ def timestamp(seconds: float | None) -> Timestamp | None:
 def duration(seconds: float) -> Duration:
     """Seconds; -1.0 (no end) as the largest there is."""
     message = Duration()
-    message.FromNanoseconds(int(seconds * 1e9)) if seconds >= 0 else message.FromSeconds(_UNBOUNDED)
+    message.FromNanoseconds(int(seconds * 1e9)) if seconds >= 0 else message.FromSeconds(UNBOUNDED)
     return message
 
 
@@ -62,6 +62,7 @@ def close_report(report: CloseReport) -> workflows_pb2.CloseResponse:
         leases=[lease_end(end) for end in report.ends],
         dropped_after=duration(report.dropped_ms / 1000),
         revoked_after=duration(report.revoked_ms / 1000),
+        refused=dict(report.refused),
     )
 
 
@@ -75,7 +76,7 @@ def lease(noun: Lease) -> admin_pb2.Lease:
         audience=noun.key.audience or "",
         scopes=noun.key.scopes,
         state=noun.state.value,
-        expires_at=timestamp(noun.credential.expires_at) if noun.credential is not None else None,
+        expires_at=timestamp(noun.ends_at) if noun.credential is not None else None,
         uses=noun.uses,
         epoch=noun.epoch,
     )

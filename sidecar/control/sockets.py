@@ -4,6 +4,7 @@ gRPC shows no peer credentials, and the socket's mode follows the umask: directo
 """
 
 import os
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc, name-defined]
 
 
 class Socket:
-    """One server on one socket. `start` listens, `stop` ends it and removes the file."""
+    """One server on one socket. `start` listens, `stop` ends it and removes the file, if it is still its own."""
 
     def __init__(
         self,
@@ -68,9 +69,27 @@ class Socket:
         self._owner = owner
         self._serving = serving
         self._server: Any = None
+        self._made: tuple[int, int] | None = None
+        """Device and inode of the file that we listen on."""
+
+    def refuse_taken(self) -> None:
+        """Raises `ConfigError` when somebody answers on the path. To be asked of every socket before anything is opened."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(self.path))
+            except BlockingIOError:
+                pass  # somebody listens, who is behind with accepting
+            except OSError:
+                return  # nobody does; whatever else is wrong with the path, `start` says
+        raise ConfigError(
+            Reason.CONFIG_INVALID,
+            f"run_dir: another sidecar answers on {self.path}; stop it, or set another run_dir or SPANLOCK_RUN_DIR",
+        )
 
     async def start(self) -> None:
-        """Raises `ConfigError` when the path cannot be used; a stale socket of a dead sidecar is replaced."""
+        """Raises `ConfigError` when the path cannot be used; only a stale socket of a dead sidecar is replaced."""
+        self.refuse_taken()
         directory = self.path.parent
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -81,13 +100,15 @@ class Socket:
                 directory.chmod(0o755)
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
-            self.path.unlink(missing_ok=True)
+            fresh = self._fresh()
             mask = os.umask(0o177)  # nobody else's, even between its making and `_protect`
             try:
-                self._server = self._build()
+                self._server = self._build(fresh)
             finally:
                 os.umask(mask)
             await self._server.start()
+            self._made = _identity(fresh)
+            fresh.rename(self.path)
             self._protect()
         except OSError as error:
             raise ConfigError(
@@ -95,13 +116,20 @@ class Socket:
                 f"run_dir: cannot listen on {self.path}: {error.strerror}; set run_dir or SPANLOCK_RUN_DIR",
             ) from None
 
-    def _build(self) -> Any:
+    def _fresh(self) -> Path:
+        """Where gRPC binds, until the socket is renamed: at its end gRPC removes what lies where it bound, its own or not.
+
+        As long a name as the real one: a socket's path has 107 bytes at most.
+        """
+        return self.path.with_suffix(".next")
+
+    def _build(self, path: Path) -> Any:
         server = grpc.aio.server(interceptors=[RefuseUnreadable()], options=_OPTIONS, maximum_concurrent_rpcs=20_000)
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(_Health(self._serving), server)
         names = (*self._services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        server.add_insecure_port(f"unix:{self.path}")
+        server.add_insecure_port(f"unix:{path}")
         return server
 
     def _protect(self) -> None:
@@ -123,7 +151,17 @@ class Socket:
         """Ends the server; calls under way get `grace` seconds."""
         if self._server is not None:
             await self._server.stop(grace)
-        self.path.unlink(missing_ok=True)
+        if self._made is not None and _identity(self.path) == self._made:
+            self.path.unlink(missing_ok=True)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file; None when there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[], Router]) -> Socket:

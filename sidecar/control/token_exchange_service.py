@@ -5,7 +5,7 @@ from collections.abc import Callable
 from sidecar.control import convert
 from sidecar.control.rescue import Context, rescued
 from sidecar.control.workflows_service import Doors
-from sidecar.errors import CallerError, Reason
+from sidecar.errors import CallerError, Denied, Reason
 from sidecar.tools.router import Router
 from sidecar.wire.spanlock.v1 import token_exchange_pb2 as pb
 from sidecar.wire.spanlock.v1 import token_exchange_pb2_grpc
@@ -44,16 +44,18 @@ class TokenExchangeService(token_exchange_pb2_grpc.TokenExchangeServicer):
         if export and not tool.export:
             raise CallerError(Reason.EXPORT_REFUSED, f"tool {tool.name} does not allow export")
         permit = doors.decider.decide_exchange(workflow, tool, wanted)
-        if export:
-            lease = await doors.broker.lease(workflow, tool, permit)
-            value = doors.broker.export(lease, workflow, tool).reveal()
-        else:
-            lease, value = await doors.broker.exchange(workflow, tool, permit)
+        lease = await doors.broker.lease(workflow, tool, permit)
+        if permit.epoch != doors.decider.epoch and not permit.same(
+            doors.decider.decide_exchange(workflow, tool, wanted)
+        ):
+            raise Denied(Reason.POLICY_DENIED, "the policy changed meanwhile; ask again")
+        self._router().require(tool)
+        value = doors.broker.export(lease, workflow, tool).reveal() if export else doors.broker.handle(lease)
         return pb.ExchangeResponse(
             access_token=value,
             issued_token_type=ACCESS_TOKEN_TYPE if export else HANDLE_TYPE,
             token_type="Bearer" if export else "N_A",  # noqa: S106 - a type
-            expires_at=convert.timestamp(lease.credential.expires_at if lease.credential is not None else None),
+            expires_at=convert.timestamp(lease.ends_at),
             scope=lease.key.scopes,
             lease_id=lease.id,
         )

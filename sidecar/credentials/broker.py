@@ -12,7 +12,7 @@ The steps: `minting` (one exchange), `header` (the value as a header), `renewer`
 import asyncio
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from sidecar.clock import Clock
 from sidecar.credentials.config import CredentialsConfig
@@ -68,7 +68,7 @@ class Broker:
         self._rng = rng
         self._svids = svids
         self._decider = decider
-        self._max_leases = config.max_leases
+        self._config = config
         self._background = background
         self._on_drop = on_drop
         self._events = LeaseEvents(clock, on_event)
@@ -77,8 +77,8 @@ class Broker:
         self._handles = Handles()
         self._uses: dict[str, dict[str, int]] = {}
         """Requests by workflow and tool."""
-        self._barred: dict[str, set[str]] = {}
-        """Tools by workflow that an operator withdrew."""
+        self._barred: dict[str, set[str | None]] = {}
+        """Tools by workflow that an operator withdrew; None: all of them."""
 
     # -- lease --------------------------------------------------------------------------------------------------
 
@@ -107,22 +107,27 @@ class Broker:
         """The pending lease of this key, or a new one whose exchange has begun."""
         if not workflow.is_open:
             raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow is closed")
-        if tool.name in self._barred.get(workflow.id, ()):
+        if {tool.name, None} & self._barred.get(workflow.id, set()):
             raise CallerError(Reason.LEASE_GONE, f"an operator withdrew tool {tool.name} from this workflow")
         call = (workflow.id, tool.name, permit.scopes, permit.ttl)
         held = self.live.for_call(call)
         if held is not None and held.lease.state is LeaseState.PENDING and held.tool is tool:
             return held
         if held is not None:
-            self._drop(held, LeaseEvent.EXPIRED if held.lease.state in USABLE else LeaseEvent.WITHDRAWN, "expired")
-        if len(self.live) >= self._max_leases:
+            usable = held.lease.state in USABLE
+            self._drop(
+                held, LeaseEvent.EXPIRED if usable else LeaseEvent.WITHDRAWN, "expired" if usable else "tool_changed"
+            )
+        config = self._config
+        if len(self.live) >= config.max_leases or self.live.of_agent(workflow.agent) >= config.max_leases_per_agent:
             raise CallerError(Reason.TOO_MANY_LEASES, "the limit of leases is reached")
         decided = self._decider.decide_lease(Action.LEASE_ISSUE, workflow, tool, permit.scopes)
         key = LeaseKey(
             workflow.id, workflow.agent, tool.name, tool.issuer, tool.audience, tool.resource, decided.scopes
         )
-        lease = Lease("ls_" + secrets.token_hex(8), key, policy_ids=decided.policy_ids)
-        held = Held(lease, workflow, tool, call, min(permit.ttl, decided.ttl, tool.max_ttl))
+        ttl = min(permit.ttl, decided.ttl, tool.max_ttl)
+        lease = Lease("ls_" + secrets.token_hex(8), key, ttl, policy_ids=decided.policy_ids)
+        held = Held(lease, workflow, tool, call)
         self.live.add(held)
         held.exchanging = self._background.spawn(self._issue(held), f"exchange {tool.name}")
         return held
@@ -132,7 +137,9 @@ class Broker:
         started = self._clock.monotonic()
         lease = held.lease
         try:
-            credential, header = await self._mint.credential(held, held.ttl)
+            if lease.state is not LeaseState.PENDING:
+                raise CallerError(Reason.LEASE_GONE, "the lease was dropped before its exchange began")
+            credential, header = await self._mint.credential(held, lease.ttl)
         except SpanlockError as error:
             self._events.tell(held, "issue_failed", reason=str(error.reason), since=started)
             if lease.state is LeaseState.PENDING:
@@ -144,7 +151,7 @@ class Broker:
         finally:
             held.exchanging = None
         state = step(LEASE_TABLE, lease.state, LeaseEvent.ISSUED)
-        self._arrived(held, credential, header, held.ttl, state)
+        self._arrived(held, credential, header, lease.ttl, state)
         self._events.tell(held, "issued", since=started)
 
     def _arrived(self, held: Held, credential: Credential, header: bytes, ttl: float, state: LeaseState) -> None:
@@ -157,14 +164,16 @@ class Broker:
         life = min(credential.expires_at - self._clock.now(), ttl)
         held.install(credential, header)
         held.lease.usable_until = now + life - min(SKEW, life / 10)
+        held.lease.ends_at = self._clock.now() + life
         low, high = _RENEW_AT
         held.renew_at = now + life * (low + (high - low) * self._rng.random())
 
     # -- use ----------------------------------------------------------------------------------------------------
 
-    def use(self, lease: Lease, workflow: Workflow) -> bytes:
+    def use(self, lease: Lease, workflow: Workflow, counted: bool = False) -> bytes:
         """The header's full value, for the write that follows without an await. THE last liveness check.
 
+        `counted`: a second try of a call whose use has been counted.
         Raises `CallerError` (workflow_closed, lease_gone, uses_exhausted) or `IdentityError`.
         """
         if not workflow.is_open:
@@ -174,12 +183,14 @@ class Broker:
             raise CallerError(Reason.LEASE_GONE, "the lease was dropped before the request was written")
         now = self._clock.monotonic()
         if now >= lease.usable_until or self._clock.now() >= credential.expires_at:
+            lease.usable_until = now  # by whichever clock: the next call leases anew
             raise CallerError(Reason.LEASE_GONE, "the credential has expired")
         self._svids.require_identity(workflow.agent)
         held = self.live.of(lease)
-        if held.tool.max_uses:
-            self._count_use(held)
-        lease.uses += 1
+        if not counted:
+            if held.tool.max_uses:
+                self._count_use(held)
+            lease.uses += 1
         lease.last_used = now
         held.used_since_issue = True
         return lease.header
@@ -194,18 +205,23 @@ class Broker:
 
     # -- exchange by gRPC ---------------------------------------------------------------------------------------
 
-    async def exchange(self, workflow: Workflow, tool: Tool, permit: Permit) -> tuple[Lease, str]:
-        """A lease and its CredentialHandle."""
-        lease = await self.lease(workflow, tool, permit)
-        return lease, self._handles.issue(lease)
+    def handle(self, lease: Lease) -> str:
+        """The CredentialHandle of a live lease: one for its whole life. Raises `CallerError` (lease_gone)."""
+        if lease.state not in USABLE:
+            raise CallerError(Reason.LEASE_GONE, "the lease was dropped")
+        return self._handles.issue(lease)
 
     def export(self, lease: Lease, workflow: Workflow, tool: Tool) -> Secret:
-        """The real token, where the tool allows it. Raises `CallerError` (export_refused) and what `use` raises."""
+        """The real token, where the tool allows it; it is the agent's until `lease.ends_at` and not renewed.
+
+        Raises `CallerError` (export_refused) and what `use` raises.
+        """
         if not tool.export:
             raise CallerError(Reason.EXPORT_REFUSED, f"tool {tool.name} does not allow export")
         self.use(lease, workflow)
         if lease.credential is None:
             raise CallerError(Reason.LEASE_GONE, "the lease was dropped")
+        self.live.of(lease).exported = True
         return lease.credential.value
 
     def resolve_handle(self, value: str, agents: frozenset[str], tool: str | None) -> Lease:
@@ -241,16 +257,20 @@ class Broker:
         return CloseReport(workflow.id, workflow.agent, str(workflow.close_reason), tuple(ends), dropped_ms, revoked_ms)
 
     async def withdraw(
-        self, *, workflow: str | None = None, agent: str | None = None, tool: str | None = None, reissue: bool
+        self,
+        *,
+        workflow: str | None = None,
+        agent: str | None = None,
+        tool: str | None = None,
+        bar: Iterable[Workflow] = (),
     ) -> list[LeaseEnd]:
-        """Drops and revokes every matching lease (all, when nothing is named).
+        """Drops and revokes every matching lease (all, when nothing is named); the next use exchanges anew.
 
-        With `reissue` the next use exchanges anew; without, the workflow can lease that tool no more.
+        `bar`: open workflows that can lease that tool (any, when none is named) no more.
         """
         matching = self.live.matching(workflow, agent, tool)
-        if not reissue:
-            for held in matching:
-                self._barred.setdefault(held.lease.key.workflow, set()).add(held.lease.key.tool)
+        for barred in bar:
+            self._barred.setdefault(barred.id, set()).add(tool)
         self._drop_all(matching, LeaseEvent.WITHDRAWN, "withdrawn")
         return await self._endings.ends(matching)
 
@@ -285,7 +305,8 @@ class Broker:
 
     async def _renewing(self, held: Held) -> None:
         try:
-            await self._renew(held)
+            if held.lease.state in USABLE:
+                await self._renew(held)
         finally:
             held.exchanging = None
 
@@ -297,7 +318,7 @@ class Broker:
             permit = self._decider.decide_lease(Action.LEASE_RENEW, held.workflow, held.tool, lease.key.scopes)
             if permit.scopes != lease.key.scopes:
                 raise Denied(Reason.POLICY_DENIED, "policy narrows the scopes now; the next use is leased anew")
-            ttl = min(permit.ttl, held.ttl)
+            ttl = min(permit.ttl, lease.ttl)
             credential, header = await self._mint.credential(held, ttl)
         except Denied:
             if lease.state in USABLE:
@@ -331,9 +352,8 @@ class Broker:
 
     def replace(self, exchangers: Mapping[str, Exchanger]) -> None:
         """A reload: new exchanges use these; an issuer that is gone stays for what it minted."""
-        self.revoker.exchangers.update(exchangers)
+        self.revoker.replace(exchangers)
 
-    async def drain(self, seconds: float) -> int:
-        """Waits for revocations under way, at most `seconds`. Returns how many tokens could not be revoked."""
-        await self._endings.drain(seconds)
-        return self.revoker.backlog
+    async def drain(self, seconds: float) -> list[LeaseEnd]:
+        """Waits for revocations under way, at most `seconds`. Returns how those leases stand that have not ended."""
+        return await self._endings.drain(seconds)

@@ -3,12 +3,10 @@
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sidecar.paths import ConfigFile
+from sidecar.section import ConfigFile, Name, Section
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
-_NAME = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -22,11 +20,10 @@ def issuer_url(value: str) -> str:
     raise ValueError("write an https:// URL; plain http is for loopback only")
 
 
-class TokenExchangeConfig(BaseModel):
+class TokenExchangeConfig(Section):
     """An authorization server that speaks RFC 8693, authenticated to by JWT-SVID."""
 
-    model_config = _STRICT
-    name: str = _NAME
+    name: Name
     kind: Literal["token_exchange"]
     issuer: str = Field(description="Issuer identifier; its metadata (RFC 8414, then OIDC) gives the endpoints.")
     token_endpoint: str | None = Field(default=None, description="Explicit endpoint: no discovery.")
@@ -50,11 +47,10 @@ class TokenExchangeConfig(BaseModel):
         return None if value is None else issuer_url(value)
 
 
-class StaticConfig(BaseModel):
+class StaticConfig(Section):
     """A legacy shared secret: injected and dropped, but nobody can revoke it (`local_only`)."""
 
-    model_config = _STRICT
-    name: str = _NAME
+    name: Name
     kind: Literal["static"]
     secret_file: ConfigFile | None = None
     secret_env: str | None = None
@@ -69,11 +65,11 @@ class StaticConfig(BaseModel):
 IssuerConfig = Annotated[TokenExchangeConfig | StaticConfig, Field(discriminator="kind")]
 
 
-class CredentialsConfig(BaseModel):
+class CredentialsConfig(Section):
     """Lives and limits of leases. Seconds."""
 
-    model_config = _STRICT
-    max_leases: int = Field(default=50_000, ge=1)
+    max_leases: int = Field(default=50_000, ge=1, description="Live leases altogether.")
+    max_leases_per_agent: int = Field(default=10_000, ge=1)
     exchange_deadline: float = Field(default=15.0, gt=0, description="For one exchange with all its steps and retries.")
     revoke_deadline: float = Field(
         default=5.0, gt=0, description="A close waits this long for issuers; then it reports."

@@ -37,14 +37,13 @@ class Endings:
         self._background = background
         self._events = events
         self._by_workflow: dict[str, deque[Held]] = {}
-        self._under_way: set[asyncio.Task[LeaseEnd]] = set()
+        self._under_way: dict[asyncio.Task[LeaseEnd], Held] = {}
 
     def begin(self, held: Held, reason: str) -> None:
         """Revokes all that `held` ever minted, in the background. Its credential has been stripped already."""
-        held.dropped_at = self._clock.monotonic()
         held.ending = self._background.spawn(self._end(held, reason), f"revoke {held.lease.id}")
-        self._under_way.add(held.ending)
-        held.ending.add_done_callback(self._under_way.discard)
+        self._under_way[held.ending] = held
+        held.ending.add_done_callback(self._under_way.pop)
         self._by_workflow.setdefault(held.workflow.id, deque(maxlen=_KEPT)).append(held)
 
     def take(self, workflow_id: str) -> list[Held]:
@@ -72,9 +71,15 @@ class Endings:
         records, held.doomed = held.doomed, []
         held.revoking += [self._background.spawn(self._revoker.end(r, held.tool), "revoke token") for r in records]
 
-    async def drain(self, seconds: float) -> None:
-        """Waits for revocations under way, at most `seconds`."""
+    async def drain(self, seconds: float) -> list[LeaseEnd]:
+        """Waits for revocations under way, at most `seconds`. Returns, and tells, how those stand that are left."""
         await self._wait(list(self._under_way), seconds)
+        left: list[LeaseEnd] = []
+        for held in self._under_way.values():
+            end = self._facts(held, IssuerOutcome.FAILED, "not revoked when the sidecar stopped")
+            self._events.tell(held, "revoked", reason="shutdown", outcome=end.at_issuer, residual=end.residual_seconds)
+            left.append(end)
+        return left
 
     async def _end(self, held: Held, reason: str) -> LeaseEnd:
         """Waits for an exchange in flight, then revokes all that the lease ever minted."""
@@ -83,7 +88,7 @@ class Endings:
         self.revoke_doomed(held)
         if held.revoking:
             await asyncio.wait(held.revoking)
-        outcomes = [ended.outcome if (ended := _result(task)) else IssuerOutcome.FAILED for task in held.revoking]
+        outcomes = [_result(task) or IssuerOutcome.FAILED for task in held.revoking]
         if held.lost_answer:
             outcomes.append(IssuerOutcome.MINT_UNKNOWN)
         outcome = worst(outcomes)
@@ -96,16 +101,15 @@ class Endings:
         """The two facts: at the issuer, and what is left at the tool."""
         left = -1.0 if math.isinf(held.expires_at) else max(held.expires_at - self._clock.now(), 0.0)
         dead = outcome in (IssuerOutcome.CONFIRMED, IssuerOutcome.ACKNOWLEDGED)
-        if held.lost_answer and not dead:
+        if (held.lost_answer or held.exchanging is not None) and not dead:
             left = max(left, held.tool.max_ttl)
         if outcome is IssuerOutcome.NOT_ISSUED or (dead and held.tool.token_check is TokenCheck.INTROSPECTION):
             left = 0.0
-        at = max((ended.at for task in held.revoking if (ended := _result(task))), default=None)
         key = held.lease.key
         return LeaseEnd(
             lease=held.lease.id, workflow=key.workflow, agent=key.agent, tool=key.tool, at_issuer=outcome,
-            residual_seconds=left, token_check=held.tool.token_check, uses=held.lease.uses,
-            revoked_ms=(at - held.dropped_at) * 1000 if dead and at is not None else None, detail=detail,
+            residual_seconds=left, token_check=held.tool.token_check, uses=held.lease.uses, detail=detail,
+            issuer=key.issuer,
         )  # fmt: skip
 
     async def _wait(self, tasks: Iterable[asyncio.Task[LeaseEnd]], seconds: float) -> None:

@@ -1,11 +1,11 @@
 """What the credentials package knows of each lease besides the lease itself, and the index of all live ones."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sidecar.credentials.revoker import Ended
-from sidecar.model.lease import Credential, Lease, LeaseEnd, RevocationRecord
+from sidecar.model.lease import Credential, IssuerOutcome, Lease, LeaseEnd, RevocationRecord
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 
@@ -22,26 +22,24 @@ class Held:
     workflow: Workflow
     tool: Tool
     call: Call
-    ttl: float
-    """Seconds that any credential of this lease is used at most, renewed ones too."""
     exchanging: asyncio.Task[None] | None = None
     """The exchange or renewal under way."""
     renew_at: float = 0.0
     """Monotonic seconds."""
     used_since_issue: bool = False
+    exported: bool = False
+    """The agent has the token itself, until the time that it was told: a renewal would revoke it under its hands."""
     superseded: list[RevocationRecord] = field(default_factory=list)
     """Of earlier credentials, not yet revoked."""
     doomed: list[RevocationRecord] = field(default_factory=list)
     """Reachable to the revoker alone."""
-    revoking: list[asyncio.Task[Ended]] = field(default_factory=list)
+    revoking: list[asyncio.Task[IssuerOutcome]] = field(default_factory=list)
     """One for each token that the issuer is being told about, or was."""
     expires_at: float = 0.0
     """Wall seconds: of the last token minted."""
     lost_answer: bool = False
     """An exchange's answer was never seen: something may live at the issuer that we cannot name."""
     ending: asyncio.Task[LeaseEnd] | None = None
-    dropped_at: float = 0.0
-    """Monotonic seconds."""
 
     def minted(self, records: Sequence[RevocationRecord]) -> None:
         """Notes how long what was minted may live."""
@@ -50,14 +48,20 @@ class Held:
     def doom(self, records: Sequence[RevocationRecord]) -> None:
         """Hands tokens that nobody may use any more to the revoker."""
         if records:
-            self.doomed.extend(records)
+            self.doomed.extend(self._not_in_use(records))
             self.minted(records)
+
+    def _not_in_use(self, records: Sequence[RevocationRecord]) -> list[RevocationRecord]:
+        """Some issuers give the same token again while it is good."""
+        credential = self.lease.credential
+        used = [record.token for record in credential.records] if credential is not None else []
+        return [record for record in records if record.token not in used]
 
     def install(self, credential: Credential, header: bytes) -> None:
         """The lease's credential from now on; the one before is superseded."""
-        if self.lease.credential is not None:
-            self.superseded.extend(self.lease.credential.records)
-        self.lease.credential, self.lease.header = credential, header
+        before, self.lease.credential, self.lease.header = self.lease.credential, credential, header
+        if before is not None:
+            self.superseded.extend(self._not_in_use(before.records))
         self.lease.epoch += 1
         self.minted(credential.records)
         self.used_since_issue = False
@@ -77,20 +81,27 @@ class LiveLeases:
     def __init__(self) -> None:
         self._calls: dict[Call, Held] = {}
         self._by_workflow: dict[str, dict[str, Held]] = {}
+        self._by_agent: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._calls)
 
+    def of_agent(self, agent: str) -> int:
+        """How many one agent has."""
+        return self._by_agent[agent]
+
     def add(self, held: Held) -> None:
         self._calls[held.call] = held
         self._by_workflow.setdefault(held.workflow.id, {})[held.lease.id] = held
+        self._by_agent[held.workflow.agent] += 1
 
     def remove(self, held: Held) -> None:
         """Out of every index: no look-up finds it again. One that is not there is fine."""
         if self._calls.get(held.call) is held:
             del self._calls[held.call]
         leases = self._by_workflow.get(held.workflow.id, {})
-        leases.pop(held.lease.id, None)
+        if leases.pop(held.lease.id, None) is not None:
+            self._by_agent[held.workflow.agent] -= 1
         if not leases:
             self._by_workflow.pop(held.workflow.id, None)
 

@@ -34,6 +34,6 @@ class Renewer:
                 continue
             if now >= held.lease.usable_until:
                 self._broker.expire(held)
-            elif now >= held.renew_at and held.used_since_issue and held.exchanging is None:
+            elif now >= held.renew_at and held.used_since_issue and not held.exported and held.exchanging is None:
                 held.renew_at = now + _RETRY
                 self._broker.renew(held)

@@ -8,7 +8,6 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from sidecar.backoff import delays
 from sidecar.clock import Clock
@@ -34,15 +33,6 @@ _BADNESS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of one token."""
-
-    outcome: IssuerOutcome
-    at: float
-    """Monotonic seconds at which the issuer had taken it back; before the look-up after."""
-
-
 def worst(outcomes: list[IssuerOutcome]) -> IssuerOutcome:
     """A lease that minted several tokens is as dead as the one that is least so."""
     return max(outcomes, key=_BADNESS.index, default=IssuerOutcome.NOT_ISSUED)
@@ -53,6 +43,7 @@ class Revoker:
 
     def __init__(self, exchangers: Mapping[str, Exchanger], clock: Clock, rng: random.Random, parallel: int) -> None:
         self.exchangers = dict(exchangers)
+        self._replaced: dict[tuple[str, str], Exchanger] = {}
         self._clock = clock
         self._rng = rng
         self._parallel = parallel
@@ -68,10 +59,23 @@ class Revoker:
         """Tokens that are still to be revoked."""
         return self.waiting.total()
 
-    async def end(self, record: RevocationRecord, tool: Tool) -> Ended:
+    def replace(self, exchangers: Mapping[str, Exchanger]) -> None:
+        """A reload: new ones, or mended ones. One that is another server from now on stays for what it minted."""
+        for name, exchanger in exchangers.items():
+            before = self.exchangers.get(name)
+            if before is not None and before.server != exchanger.server:
+                self._replaced[name, before.server] = before
+            self.exchangers[name] = exchanger
+
+    def _exchanger(self, record: RevocationRecord) -> Exchanger:
+        """The one of the server that minted it, as the last reload left it."""
+        exchanger = self.exchangers[record.issuer]
+        return exchanger if exchanger.server == record.minted_at else self._replaced[record.issuer, record.minted_at]
+
+    async def end(self, record: RevocationRecord, tool: Tool) -> IssuerOutcome:
         """Revokes one token; returns at the final outcome, which may be its own expiry. Never raises an issuer's error."""
         if not record.revocable:
-            return Ended(IssuerOutcome.LOCAL_ONLY, self._clock.monotonic())
+            return IssuerOutcome.LOCAL_ONLY
         issuer = record.issuer
         self.waiting[issuer] += 1
         try:
@@ -82,25 +86,27 @@ class Revoker:
                 del self.waiting[issuer]
                 self.failing.pop(issuer, None)  # what it did not revoke has expired
 
-    async def _end(self, record: RevocationRecord, tool: Tool) -> Ended:
+    async def _end(self, record: RevocationRecord, tool: Tool) -> IssuerOutcome:
         gate = self._gates.setdefault(record.issuer, asyncio.Semaphore(self._parallel))
         before: bool | None = None
         for number, wait in enumerate(delays(_FIRST, _CAP, self._rng)):
-            if record.expires_at <= self._clock.now():
-                return Ended(IssuerOutcome.EXPIRED, self._clock.monotonic())
+            if (
+                number and record.expires_at <= self._clock.now()
+            ):  # once at least: our clock may be the one that is wrong
+                return IssuerOutcome.EXPIRED
             async with gate:
-                exchanger = self.exchangers[record.issuer]  # a reload may have mended it
+                exchanger = self._exchanger(record)
                 if number == 0:
                     before = await self._look(exchanger, record, tool)
-                ended = await self._try(exchanger, record, tool, before)
-            if ended is not None:
-                return ended
+                outcome = await self._try(exchanger, record, tool, before)
+            if outcome is not None:
+                return outcome
             await self._clock.sleep(min(wait, max(record.expires_at - self._clock.now(), 0.0)))
         raise AssertionError("delays never end")
 
     async def _try(
         self, exchanger: Exchanger, record: RevocationRecord, tool: Tool, before: bool | None
-    ) -> Ended | None:
+    ) -> IssuerOutcome | None:
         """One try, and the look-up after it. None: it is not revoked."""
         try:
             outcome = await exchanger.revoke(record)
@@ -110,14 +116,13 @@ class Revoker:
                 raise
             self._failed(record.issuer, error)
             return None
-        at = self._clock.monotonic()
         after = await self._look(exchanger, record, tool) if outcome is IssuerOutcome.ACKNOWLEDGED else None
         if after is True:
             self._note(record.issuer, "a revoked token is still active")
             return None
         if self.failing.pop(record.issuer, None) is not None:
             self._log.info("revocation_recovered", issuer=record.issuer)
-        return Ended(_proved(outcome, before, after), at)
+        return _proved(outcome, before, after)
 
     def _failed(self, issuer: str, error: BaseException) -> None:
         if isinstance(error, SpanlockError):

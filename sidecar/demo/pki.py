@@ -3,6 +3,7 @@
 import datetime
 import os
 import ssl
+from ipaddress import ip_address
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -12,6 +13,13 @@ from cryptography.x509.oid import NameOID
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _san(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
 
 
 class DemoPki:
@@ -37,7 +45,7 @@ class DemoPki:
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
         if host is not None:
-            builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), critical=False)
+            builder = builder.add_extension(x509.SubjectAlternativeName([_san(host)]), critical=False)
         return builder.sign(self._key, hashes.SHA256())
 
     def server_context(self, host: str) -> ssl.SSLContext:

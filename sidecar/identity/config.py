@@ -2,19 +2,17 @@
 
 import os
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from spiffe import SpiffeId
 from spiffe.errors import PySpiffeError
 
 from sidecar.model.caller import Agent
+from sidecar.section import Name, Section
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
 
-
-class SpiffeConfig(BaseModel):
+class SpiffeConfig(Section):
     """Where the SPIFFE Workload API is."""
 
-    model_config = _STRICT
     socket: str = Field(
         default_factory=lambda: os.environ.get("SPIFFE_ENDPOINT_SOCKET", "unix:///run/spire/sockets/agent.sock"),
         description="unix:///absolute/path or tcp://IP:PORT. Default: SPIFFE_ENDPOINT_SOCKET, then SPIRE's usual place.",
@@ -28,13 +26,10 @@ class SpiffeConfig(BaseModel):
         return value
 
 
-class AgentConfig(BaseModel):
+class AgentConfig(Section):
     """One AI agent beside this sidecar."""
 
-    model_config = _STRICT
-    name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="Its socket is RUN_DIR/agents/<name>/agent.sock."
-    )
+    name: Name = Field(description="Its socket is RUN_DIR/agents/<name>/agent.sock.")
     spiffe_id: str = Field(description="The identity that the sidecar holds for it.")
     hint: str | None = Field(default=None, max_length=1024, description="Chooses among several SVIDs of that ID.")
     uid: int | None = Field(default=None, ge=0, description="The uid its processes run as. Default: the sidecar's own.")

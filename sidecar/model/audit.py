@@ -18,10 +18,10 @@ class FlowRecord(NamedTuple):
     outcome: str
     """"ok", or the stable reason."""
     detail: str
-    bytes_in: int
-    """Of the response's body."""
-    bytes_out: int
-    """Of the same, as relayed to the agent."""
+    request_bytes: int
+    """Of the body that was sent to the tool: what went out."""
+    response_bytes: int
+    """Of the body that was relayed to the agent."""
     duration_ms: float
     lease: str
     lease_epoch: int
@@ -47,6 +47,7 @@ class LeaseRecord(NamedTuple):
     outcome: str
     """At the end: what became of it at the issuer."""
     residual_seconds: float
+    """At the end: at most this long it may still be accepted at the tool; -1.0: no end (a static secret)."""
     reason: str
     policy_ids: tuple[str, ...]
     seconds: float

@@ -113,10 +113,12 @@ class RevocationRecord:
     tool: str
     token: Secret
     expires_at: float
-    """Wall seconds."""
+    """Wall seconds; when the issuer does not say, later rather than earlier."""
     agent: str
     revocable: bool = True
     """False for a credential that its issuer cannot revoke singly (a static secret)."""
+    minted_at: str = ""
+    """The server that gave it, and the only one that it is ever shown to: a reload may give the issuer's name another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,8 @@ class Lease:
     id: str
     """Public: `ls_` and 16 hex digits."""
     key: LeaseKey
+    ttl: float
+    """Seconds that any credential of it is used at most, renewed ones too."""
     # ---
     state: LeaseState = LeaseState.PENDING
     credential: Credential | None = None
@@ -153,6 +157,8 @@ class Lease:
     """Monotonic seconds."""
     usable_until: float = 0.0
     """Monotonic seconds; checked right before the write."""
+    ends_at: float = 0.0
+    """The same in wall seconds, for people: it is revoked then unless it is renewed."""
     policy_ids: tuple[str, ...] = ()
 
 
@@ -169,9 +175,8 @@ class LeaseEnd:
     """At most this long the token may still be accepted at the tool; 0.0: dead there; -1.0: no end (a static secret)."""
     token_check: TokenCheck
     uses: int = 0
-    revoked_ms: float | None = None
-    """From the drop to the issuer's answer; None when it did not revoke."""
     detail: str = ""
+    issuer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,3 +190,5 @@ class CloseReport:
     dropped_ms: float = 0.0
     revoked_ms: float = 0.0
     """Until the last final outcome, or the deadline."""
+    refused: tuple[tuple[str, int], ...] = ()
+    """Reasons for which calls of the workflow were refused, and how often."""

@@ -1,7 +1,13 @@
 """What policy is asked and what it answers."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
+
+_PARAMETERS = re.compile(r";[^/]*")
+DELIMITERS = "%(?:2[146789ABC]|3[AD]|40)"
+"""Escapes of !$&'()*+,:=@ (delimiters of RFC 3986): many clients escape them in a segment, many servers read them as plain."""
+_DELIMITER = re.compile(DELIMITERS)
 
 
 class Action(StrEnum):
@@ -12,6 +18,17 @@ class Action(StrEnum):
     LEASE_RENEW = "lease.renew"
     TOKEN_EXCHANGE = "token.exchange"
     HTTP_REQUEST = "http.request"
+
+
+def without_parameters(path: str) -> str:
+    """`path` as those servers read it that cut `;…` off each segment, which they do before they look for dot segments."""
+    return _PARAMETERS.sub("", path)
+
+
+def readings(path: str) -> tuple[str, ...]:
+    """The ways in which a tool may read a canonical `path`: as it is, with its delimiters unescaped, without parameters."""
+    plain = _DELIMITER.sub(lambda escape: chr(int(escape[0][1:], 16)), path)
+    return tuple(dict.fromkeys((path, plain, without_parameters(path), without_parameters(plain))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,4 +56,8 @@ class Permit:
     """Seconds a credential may live at most; `inf` when no obligation says."""
     policy_ids: tuple[str, ...]
     epoch: int
-    """The policy's epoch when this was decided; a reload raises it and makes older permits worthless."""
+    """The policy's epoch when this was decided; a reload raises it, and what was decided before is asked again."""
+
+    def same(self, other: "Permit") -> bool:
+        """Whether both allow the same, whatever policies say so."""
+        return self.scopes == other.scopes and self.ttl == other.ttl

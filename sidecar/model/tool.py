@@ -6,6 +6,13 @@ from typing import NamedTuple
 
 from sidecar.model.lease import TokenCheck
 
+_FOLD = bytes(byte if chr(byte).isalnum() and byte < 0x80 else ord("-") for byte in range(256))
+
+
+def folded(name: bytes) -> bytes:
+    """What servers make of a lower-case field name: to CGI and WSGI, whatever is no letter or digit is one character (P8)."""
+    return name.translate(_FOLD).strip(b"-")
+
 
 class Authority(NamedTuple):
     """One destination: normalised host (lower case, A-labels, no trailing dot; IP literals without brackets), port."""
@@ -90,8 +97,7 @@ class Route:
     opening: bytes = field(init=False, repr=False)
     """What follows the method in the head that is sent: target, version, Host. Made once, as routes are remembered."""
     replaced: frozenset[bytes] = field(init=False, repr=False)
-    """Names of the agent's headers that never go to this tool, lower case: ours, and the tool's `client_headers`."""
-
+    """Folded names of the agent's headers that never go to this tool: ours, and the tool's `client_headers`."""
     ours: bytes = field(init=False, repr=False)
     """What comes before the credential: its header's name."""
 
@@ -100,5 +106,5 @@ class Route:
         host = tool.authority.header(tool.scheme).encode()
         object.__setattr__(self, "opening", b" %b HTTP/1.1\r\nhost: %b\r\n" % (self.target, host))
         names = (tool.header, *tool.client_headers)
-        object.__setattr__(self, "replaced", frozenset(name.encode() for name in names))
+        object.__setattr__(self, "replaced", frozenset(folded(name.encode()) for name in names))
         object.__setattr__(self, "ours", b"%b: " % tool.header.encode())

@@ -1,5 +1,6 @@
 """A workflow: one bounded piece of an agent's work, and how it may end."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Protocol
@@ -89,6 +90,8 @@ class Workflow:
     """Calls in flight, connections with a tunnel included."""
     flow_count: int = 0
     """All calls so far."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Reason to how many calls did not end well for it."""
 
     @property
     def is_open(self) -> bool:

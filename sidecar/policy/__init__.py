@@ -1,1 +1,2 @@
-"""May it? `load` (Cedar files, schema and annotations, validated), `decider` (the only maker of `Permit`), `config`."""
+"""May it? `load` (Cedar files, schema and annotations, validated), `decider` (the only maker of `Permit`), `config` (the
+`policy:` section)."""

@@ -1,14 +1,13 @@
 """The `policy:` section."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from sidecar.paths import ConfigFile
+from sidecar.section import ConfigFile, Section
 
 
-class PolicyConfig(BaseModel):
+class PolicyConfig(Section):
     """Which Cedar policies decide, and in which environment."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     files: tuple[ConfigFile, ...] = Field(
         min_length=1, description="Cedar files, relative to the configuration file. Default deny."
     )

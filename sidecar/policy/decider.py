@@ -2,7 +2,8 @@
 
 A decision is a pure function of its question and the policy, so equal questions are answered from a memo; a reload raises
 the epoch and empties it. Obligations of all satisfied permits are merged, most restrictive first: the smallest ttl, the
-intersection of scopes (an empty one denies).
+intersection of scopes (an empty one denies). A path with parameters (`/a;x`) is two questions, with and without them, since
+tools read it in either way; both must be permitted.
 """
 
 import json
@@ -13,7 +14,7 @@ import cedarpy
 
 from sidecar.errors import Denied, Reason
 from sidecar.model.caller import Agent
-from sidecar.model.policy import Action, Permit, Question
+from sidecar.model.policy import Action, Permit, Question, readings
 from sidecar.model.tool import Tool
 from sidecar.model.workflow import Workflow
 from sidecar.policy.load import LoadedPolicy
@@ -62,9 +63,12 @@ class Decider:
     def _decide_request(self, agent: str, workflow_name: str, tool: Tool, method: str, path: str) -> Permit | Denied:
         question = Question(agent, Action.HTTP_REQUEST, tool.name, workflow_name, method, path)
         try:
-            return self._ask(question, {"method": method, "path": path}, tool.scopes)
+            reasons = [
+                r for reading in readings(path) for r in self._yes(question, {"method": method, "path": reading})
+            ]
+            return self._permit(question, reasons, tool.scopes)
         except Denied as denied:
-            return denied
+            return denied.with_traceback(None)  # it would keep the frames, and all that they hold
 
     def decide_open(self, agent: str, name: str) -> Permit:
         """May `agent` open a workflow of this name? Raises `Denied`."""
@@ -80,6 +84,10 @@ class Decider:
         return self._ask(question, {"scopes": list(scopes)}, scopes)
 
     def _ask(self, question: Question, context: dict[str, Any], scopes: tuple[str, ...]) -> Permit:
+        return self._permit(question, self._yes(question, context), scopes)
+
+    def _yes(self, question: Question, context: dict[str, Any]) -> list[str]:
+        """Cedar's ids of the policies that permit it. Raises `Denied`."""
         if question.agent not in self._agents:
             raise Denied(Reason.POLICY_DENIED, f"agent {question.agent} is declared no more")
         resource = ("Spanlock::Tool", question.tool) if question.tool else ("Spanlock::Sidecar", "self")
@@ -98,7 +106,7 @@ class Decider:
             raise Denied(Reason.POLICY_ERROR, f"a policy failed while it was evaluated for {question.action}")
         if not result.allowed:
             raise Denied(Reason.POLICY_DENIED, self._why_not(question, reasons))
-        return self._permit(question, reasons, scopes)
+        return reasons
 
     def _why_not(self, question: Question, reasons: list[str]) -> str:
         what = f"{question.action} by agent {question.agent}" + (f" on tool {question.tool}" if question.tool else "")
@@ -106,18 +114,19 @@ class Decider:
         return f"{what}: forbidden by {names}" if names else f"{what}: no policy permits it"
 
     def _permit(self, question: Question, reasons: list[str], scopes: tuple[str, ...]) -> Permit:
-        satisfied = [self._policy.obligations[reason] for reason in reasons if reason in self._policy.obligations]
+        satisfied = [self._policy.obligations[reason] for reason in set(reasons) if reason in self._policy.obligations]
         if not satisfied:
             raise Denied(Reason.POLICY_ERROR, "the policy engine named no policy for its yes")
-        narrowed = frozenset(scopes)
+        # None configured: whatever the issuer gives, unless policy names some.
+        narrowed = frozenset(scopes) if scopes else None
         for obligation in satisfied:
             if obligation.scopes is not None:
-                narrowed &= obligation.scopes
-        if scopes and not narrowed:
+                narrowed = obligation.scopes if narrowed is None else narrowed & obligation.scopes
+        if narrowed is not None and not narrowed:
             raise Denied(Reason.POLICY_DENIED, f"the policies for tool {question.tool} leave no scope in common")
         ttl = min(obligation.ttl for obligation in satisfied)
         names = tuple(sorted(obligation.id for obligation in satisfied))
-        return Permit(question, tuple(sorted(narrowed)), ttl, names, self.epoch)
+        return Permit(question, tuple(sorted(narrowed or ())), ttl, names, self.epoch)
 
 
 def _entities(agents: Mapping[str, Agent], tools: Mapping[str, Tool]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ Cedar itself passes unknown annotations (`@tll`), so names and values are checke
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from sidecar.policy.config import PolicyConfig
 
 _KNOWN = ("id", "ttl", "scopes")
 _MAX_FILE = 1 << 20
+_SCOPE = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,9 @@ def _ttl(name: str, value: str | None) -> float:
 def _scopes(name: str, value: str | None) -> frozenset[str] | None:
     if value is None:
         return None
-    scopes = frozenset(value.split())
+    scopes = frozenset(value.split(" ")) - {""}
     if not scopes:
         raise _invalid(f"{name}: @scopes is empty; name the scopes, separated by spaces")
+    if not all(_SCOPE.fullmatch(scope) for scope in scopes):
+        raise _invalid(f"{name}: @scopes has characters that no scope has (RFC 6749 section 3.3)")
     return scopes

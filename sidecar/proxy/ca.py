@@ -86,7 +86,7 @@ class CertificateAuthority:
         """The server context for `host`. Raises `CallerError` (unknown_tool) for a host that is no tool's.
 
         The SNI callback only compares: the CONNECT name has picked the leaf, and another or a missing name in the
-        ClientHello ends the handshake (H1, H6).
+        ClientHello ends the handshake (H1, H6). For an address it may be missing: clients send no name then (RFC 6066).
         """
         self.require(host)
         with self._lock:
@@ -101,9 +101,12 @@ class CertificateAuthority:
         return context
 
     def _context(self, host: str) -> ssl.SSLContext:
+        name = _general_name(host)
+        # OpenSSL takes a common name that looks like a host for one, and an address is in no permitted domain.
+        common = f"address {host}" if isinstance(name, x509.IPAddress) else host[:64]
         certificate = (
-            self._builder(host[:64], "Spanlock ephemeral interception CA", self._leaf_key.public_key(), _LEAF_LIFE)
-            .add_extension(x509.SubjectAlternativeName([_general_name(host)]), critical=False)
+            self._builder(common, "Spanlock ephemeral interception CA", self._leaf_key.public_key(), _LEAF_LIFE)
+            .add_extension(x509.SubjectAlternativeName([name]), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(digital_signature=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -131,10 +134,11 @@ class CertificateAuthority:
 
 
 def _compare_sni(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.SSLContext], int | None]:
+    by_address = isinstance(_general_name(host), x509.IPAddress)
+
     def compare(_: ssl.SSLObject, name: str | None, __: ssl.SSLContext) -> int | None:
-        if name is None or name.lower().rstrip(".") != host:
-            return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
-        return None
+        agrees = by_address if name is None else name.lower().rstrip(".") == host
+        return None if agrees else ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
 
     return compare
 

@@ -1,23 +1,24 @@
 """The listeners and limits of the data plane."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sidecar.address import LoopbackHostPort
+from sidecar.section import Section
 
 
-class ListenersConfig(BaseModel):
+class ListenersConfig(Section):
     """Addresses as "host:port"; null switches a listener off. Both must be loopback: the caller is known by its uid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    explicit: str | None = Field(
+    explicit: LoopbackHostPort | None = Field(
         default="127.0.0.1:17001", description="Explicit HTTP proxy (HTTP_PROXY, HTTPS_PROXY)."
     )
-    reverse: str | None = Field(default="127.0.0.1:17002", description="Base URLs: http://HOST:PORT/<tool>/…")
+    reverse: LoopbackHostPort | None = Field(
+        default="127.0.0.1:17002", description="Base URLs: http://HOST:PORT/<tool>/…"
+    )
 
 
-class LimitsConfig(BaseModel):
+class LimitsConfig(Section):
     """Bounds; each answers with its own reason when it is reached."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     connections: int = Field(
         default=4096,

@@ -27,6 +27,8 @@ MAX_AHEAD = 64 * 1024
 
 NOBODY = Caller(uid=-1, agents=frozenset())
 _HANDSHAKE_SECONDS = 10.0
+_PARTING_SECONDS = 2.0
+"""For an agent to take its last answer and go. Precedent: nginx's lingering_timeout is 5 s."""
 _PREFACE = b"PRI * HTTP/2.0\r\n"
 _LINE = itemgetter(2)
 """Of a `Field`."""
@@ -43,15 +45,15 @@ class Connection(Sender):
     """One connection from an agent. `connections` (the listener's set) holds it while it lives."""
 
     __slots__ = (
-        "_buffer", "_choked", "_chunked_reply", "_connections", "_fields", "_intercepting", "_joined", "_own_workflow",
-        "_paused", "_refusal", "authority", "caller", "deadline", "flow", "handle", "mode", "plane", "tool",
+        "_buffer", "_chunked_reply", "_connections", "_discarding", "_fields", "_intercepting", "_joined", "_own_workflow",
+        "_paused", "_refusal", "authority", "caller", "choked", "deadline", "flow", "handle", "mode", "plane", "tool",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, mode: Mode, connections: "set[Connection]", workflow: str | None = None) -> None:
         super().__init__(plane.outbox)
         self.plane = plane
         self.mode = mode
-        self.caller = NOBODY
+        self.caller = NOBODY if workflow is None else Caller(uid=-1, agents=frozenset(), workflow=workflow)
         self.authority: Authority | None = None
         self.tool: Tool | None = None
         self.handle: str | None = None
@@ -63,8 +65,10 @@ class Connection(Sender):
         self._joined: Workflow | None = None
         self._buffer = b""
         self._refusal: SpanlockError | None = None
-        self._choked = False
+        self.choked = False
         """The agent does not read what it was sent."""
+        self._discarding = False
+        """It has its last answer, and what it still sends is thrown away."""
         self._chunked_reply = False
         self._intercepting = False
         self._paused = False
@@ -72,11 +76,10 @@ class Connection(Sender):
     # -- asyncio.Protocol ---------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Accepts: who is calling is found once, here."""
+        """Accepts: who is calling is found once, here. What is refused takes nobody's place."""
         self.transport = cast(asyncio.Transport, transport)
-        self._connections.add(self)
         try:
-            if len(self._connections) > self.plane.limits.connections:
+            if len(self._connections) >= self.plane.limits.connections:
                 raise CallerError(Reason.TOO_MANY_CONNECTIONS, "the limit of open connections is reached")
             caller = self.plane.find_caller(transport.get_extra_info("sockname"), transport.get_extra_info("peername"))
             self.caller = Caller(caller.uid, caller.agents, self._own_workflow)
@@ -84,31 +87,50 @@ class Connection(Sender):
                 raise CallerError(Reason.TOO_MANY_CONNECTIONS, "this uid holds half of all connections already")
         except SpanlockError as error:
             self._refusal = error
+            if self._crowded:  # at once, whatever it was going to ask: nobody waits here for it
+                self._refuse(error)
+                self.close()
+                return
+        self._connections.add(self)
+
+    @property
+    def _crowded(self) -> bool:
+        return len(self._connections) >= self.plane.limits.connections // 2
 
     def _crowds_out(self) -> bool:
         """One uid may hold half of all connections at most when others are declared: its flood is not theirs."""
-        half = self.plane.limits.connections // 2
-        if len(self._connections) <= half or self.plane.callers.uids == 1:
+        if not self._crowded or self.plane.callers.uids == 1:
             return False
-        return sum(other.caller.uid == self.caller.uid for other in self._connections) > half
+        half = self.plane.limits.connections // 2
+        return sum(other.caller.uid == self.caller.uid for other in self._connections) >= half
 
     def attach(self, transport: asyncio.Transport) -> None:
         """Inside a tunnel: `start_tls` calls no `connection_made`, and data may have come before it returned."""
         self.transport = transport
         self._connections.add(self)
-        if self._buffer:
+        if self._joined is not None and not self._joined.is_open:
+            self.close()  # it closed during the handshake, when there was nothing to cut yet
+        elif self._buffer:
             data, self._buffer = self._buffer, b""
             self._advance(data)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport is None:
-            self._buffer += data
-        elif self.flow is not None:
+        if self.flow is not None:
             self._body(self.flow, data)
+        elif self.transport is None or self.choked:
+            self._wait(data)
+        elif self._discarding:
+            return
         elif self._intercepting:
             self._reject(CallerError(Reason.EARLY_DATA, "bytes came before CONNECT was answered"))
         else:
             self._advance(self._buffer + data if self._buffer else data)
+
+    def _wait(self, data: bytes) -> None:
+        """Keeps what comes for later; when that is too much, no more is read."""
+        self._buffer += data
+        if len(self._buffer) > MAX_AHEAD:
+            self._hold_back()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -122,7 +144,7 @@ class Connection(Sender):
         return False
 
     def pause_writing(self) -> None:
-        self._choked = True
+        self.choked = True
         self._hold_tool()
 
     def _hold_tool(self) -> None:
@@ -130,8 +152,10 @@ class Connection(Sender):
             self.flow.upstream.pause()
 
     def resume_writing(self) -> None:
-        self._choked = False
-        if self.flow is not None and self.flow.upstream is not None:
+        self.choked = False
+        if self.flow is None:
+            self._serve_next()
+        elif self.flow.upstream is not None:
             self.flow.upstream.resume()
 
     # -- requests in --------------------------------------------------------------------------------------------
@@ -161,7 +185,7 @@ class Connection(Sender):
         if payload or not flow.body_complete:
             flow.request_body(payload, head.framing.done)
         if rest:
-            self._buffer = rest
+            self._wait(rest)
         if not head.framing.done and not head.expects_continue:
             self._hold_back()
         flow.start(flow.serve())
@@ -173,6 +197,7 @@ class Connection(Sender):
         if not self._buffer:
             self.deadline = self.plane.clock.monotonic() + self.plane.limits.request_head_seconds
         self._buffer = data
+        self.body_wanted(True)
         if data.count(b"\n") != data.count(b"\r\n"):
             # It will never be a head, and waiting for its end would only tie the connection up.
             self._reject(CallerError(Reason.MALFORMED_REQUEST, "bare LF line ends"))
@@ -188,9 +213,7 @@ class Connection(Sender):
         if payload or (framing.done and not flow.body_complete):
             flow.request_body(payload, framing.done)
         if rest:
-            self._buffer += rest
-            if len(self._buffer) > MAX_AHEAD:
-                self._hold_back()
+            self._wait(rest)
         elif flow.upstream is None or flow.upstream.flow is not flow:
             self._hold_back()
 
@@ -277,7 +300,7 @@ class Connection(Sender):
         if first:
             parts.append(chunk(first) if self._chunked_reply else first)
         self.write(b"".join(parts))
-        if self._choked:
+        if self.choked:
             self._hold_tool()  # by the answer before: the transport says it once only
 
     def relay(self, payload: bytes) -> None:
@@ -300,38 +323,66 @@ class Connection(Sender):
 
     def flow_ended(self, keep_alive: bool, now: float) -> None:
         """The connection is free for the next request, or ends. `now`: monotonic seconds."""
-        self.flow = None
+        flow, self.flow = self.flow, None
         if self.transport is None:
             return
         if not keep_alive:
-            self.close()
+            self._part(now, unread=flow is not None and not flow.body_complete)
             return
         self.deadline = now + self.plane.limits.keep_alive_seconds
-        self.body_wanted(True)
-        if self._buffer:
+        if len(self._buffer) <= MAX_AHEAD:
+            self.body_wanted(True)
+        self._serve_next()
+
+    def _serve_next(self) -> None:
+        """The next pipelined request, in a step of its own; none while the agent does not read its answers."""
+        if self._buffer and not self.choked:
             asyncio.get_running_loop().call_soon(self._resume)
 
     def _resume(self) -> None:
-        """The next pipelined request, unless newer bytes have begun it already."""
-        if self._buffer and self.flow is None and self.transport is not None:
-            self._advance(self._buffer)
+        """Unless newer bytes have begun it already."""
+        if self._buffer and self.flow is None and self.transport is not None and not self.choked:
+            data, self._buffer = self._buffer, b""
+            self._advance(data)
+
+    def _part(self, now: float, unread: bool) -> None:
+        """Closes after the last answer. `unread`: the agent may still be sending, and a close would reset the connection under
+        the answer; so what it sends is thrown away until it ends, or for a while. `now`: monotonic seconds."""
+        self.deadline = now + _PARTING_SECONDS
+        transport = self.transport
+        if not unread or transport is None or transport.is_closing():
+            self.close()
+            return
+        self.flush()
+        self._discarding, self._buffer = True, b""
+        if transport.can_write_eof():
+            transport.write_eof()
+        self.body_wanted(True)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def expire(self, now: float) -> None:
         """Called by the listener's sweep: a request that never completes, an idle connection, a silent stream."""
-        flow = self.flow
-        if flow is None:
-            if now > self.deadline and self.transport is not None:
-                if self._buffer:
-                    self._reject(CallerError(Reason.REQUEST_TIMEOUT, "the request's head did not arrive in time"))
-                else:
-                    self.close()
-            return
-        flow.expire(now)
+        if self.flow is not None:
+            self.flow.expire(now)
+        elif now > self.deadline and self.transport is not None:
+            self._overdue(now, self.transport)
+
+    def _overdue(self, now: float, transport: asyncio.Transport) -> None:
+        if self._discarding or transport.is_closing():
+            self.abort()  # it neither takes its answer nor goes
+        elif self._buffer:
+            self._reject(CallerError(Reason.REQUEST_TIMEOUT, "the request's head did not arrive in time"))
+        else:
+            self._part(now, unread=False)
 
     def _reject(self, error: SpanlockError) -> None:
         """A refusal before any flow: answered, recorded, and the connection ends."""
+        self._refuse(error)
+        # Inside TLS there is no half-close, and the agent would wait for the end.
+        unread = self.transport is not None and self.transport.can_write_eof()
+        self._part(self.plane.clock.monotonic(), unread)
+
+    def _refuse(self, error: SpanlockError) -> None:
         status = self.reject(error, keep_alive=False)
         self.plane.record_refusal(self.caller, self.mode, status, error)
-        self.close()

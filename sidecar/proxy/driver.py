@@ -27,6 +27,11 @@ class Driven:
         self._waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def in_task(self) -> bool:
+        """The coroutine has been promoted: it wakes a step later."""
+        return self._task is not None
+
     def start(self, coroutine: Coroutine[Any, None, None]) -> None:
         """Takes `coroutine` over and runs it until it parks, is promoted, or ends."""
         self._coroutine = coroutine

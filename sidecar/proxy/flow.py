@@ -26,6 +26,8 @@ from sidecar.proxy.upstream import Upstream
 
 _IDEMPOTENT = frozenset((b"GET", b"HEAD", b"OPTIONS", b"PUT", b"DELETE"))
 _REFUSED_METHODS = frozenset((b"TRACE", b"TRACK", b"CONNECT"))
+_ENDS_CONNECTION = (Reason.MALFORMED_REQUEST, Reason.INTERNAL)
+"""After these nobody can be sure where the next request begins."""
 
 
 class Downstream(Protocol):
@@ -36,6 +38,8 @@ class Downstream(Protocol):
     authority: Authority | None
     tool: Tool | None
     handle: str | None
+    choked: bool
+    """The agent does not read what it was sent."""
 
     def reply(self, head: ResponseHead, keep_alive: bool, first: bytes) -> None: ...
     def relay(self, payload: bytes) -> None: ...
@@ -51,8 +55,10 @@ class Flow(Driven):
     """One request and its response. Registered with its workflow while it lives, so that a close can cut it."""
 
     __slots__ = (
-        "_early", "_keep_alive", "_pending", "_silent_since", "body_complete", "bytes_out", "downstream", "error", "head",
-        "lease", "method", "permit", "plane", "replied", "route", "started", "status", "touched", "upstream", "workflow",
+        "_counted", "_early", "_keep_alive", "_named", "_pending", "_silent_since", "_tool_full", "body_complete",
+        "downstream", "error", "head", "lease", "method", "permit", "plane", "replied", "request_bytes",
+        "response_bytes", "route", "started", "status", "touched",
+        "upstream", "workflow",
     )  # fmt: skip
 
     def __init__(self, plane: Plane, downstream: Downstream, head: RequestHead) -> None:
@@ -68,47 +74,51 @@ class Flow(Driven):
         self.workflow: Workflow | None = None
         self.route: Route | None = None
         self.permit: Permit | None = None
+        self._named: Lease | None = None
+        """That of the CredentialHandle which the call carried."""
         self.lease: Lease | None = None
+        self._counted = False
+        """This call's use of the lease has been counted; a second try is the same use."""
         self.upstream: Upstream | None = None
         self.error: SpanlockError | None = None
         self.replied = False
         self.status = 0
-        self.bytes_out = 0
+        self.request_bytes = 0
+        self.response_bytes = 0
         self.body_complete = head.framing.done
         self._pending: list[bytes] = []
         self._early: list[bytes] = []
         self._keep_alive = head.keep_alive
+        self._tool_full = False
 
     # -- the way of a request -----------------------------------------------------------------------------------
 
     async def serve(self) -> None:
-        """Serves the request. Never raises: every end is an answer, or an aborted connection, and one audit record."""
-        outcome = "aborted"
+        """Serves the request. Every end is an answer, or an aborted connection, and one audit record."""
+        outcome: str = Reason.INTERNAL
         try:
             tool, target = self._names_agree()
             workflow = self._join(tool)  # within which workflow
             self.route = route = self.plane.router.route(tool, target)  # which tool, which canonical path
             self.permit = permit = self._permitted(workflow, route)  # may it
-            for first in (True, False):
-                upstream = (first and self._idle(workflow, tool)) or await self._dial(
-                    workflow, tool
-                )  # resolve, pin, verify
-                lease = self._held(workflow, tool, permit) or await self._issue(
-                    workflow, tool, permit
-                )  # which credential
-                try:
-                    self._send(upstream, route, lease, workflow)  # the last liveness check and the write
-                    head = await self._response_head(upstream)
-                    break
-                except UpstreamError:
-                    if not (first and self._may_retry(upstream)):
-                        raise
+            upstream = self._idle(workflow, tool) or await self._dial(workflow, tool)  # resolve, pin, dial, verify
+            try:
+                head = await self._call(upstream, workflow, route, permit)  # lease, inject, write; the answer's head
+            except UpstreamError:
+                if not self._may_retry(upstream):
+                    raise
+                upstream = await self._dial(workflow, tool)
+                head = await self._call(upstream, workflow, route, permit)
             await self._stream_back(upstream, head)
             outcome = "ok"
         except SpanlockError as error:
             outcome = self._refuse(self.error or error)
         except asyncio.CancelledError:
             outcome = self._refuse(self.error or CallerError(Reason.CLIENT_GONE, "the call was abandoned"))
+        except Exception as bug:  # noqa: BLE001 - whatever it is costs this call, and is told
+            context = {"message": "a call failed", "exception": bug}
+            asyncio.get_running_loop().call_exception_handler(context)
+            outcome = self._refuse(self.error or SpanlockError(Reason.INTERNAL, "a bug; the sidecar's log has it"))
         finally:
             self._end(outcome)
 
@@ -129,7 +139,9 @@ class Flow(Driven):
         """The workflow that this call belongs to; from here on a close cuts the flow."""
         if self.plane.draining:
             raise CallerError(Reason.DRAINING, "the sidecar is shutting down")
-        workflow, self.lease = binding.join(self.plane, self.downstream.caller, self.head, self.downstream.handle, tool)
+        workflow, self._named = binding.join(
+            self.plane, self.downstream.caller, self.head, self.downstream.handle, tool
+        )
         self.workflow = workflow
         self.plane.registry.enter(workflow, self, self.started)
         return workflow
@@ -153,13 +165,27 @@ class Flow(Driven):
         self.plane.router.require(tool)
         return upstream
 
+    async def _call(self, upstream: Upstream, workflow: Workflow, route: Route, permit: Permit) -> ResponseHead:
+        """One try on one connection, up to the head of the answer."""
+        lease = self._held(workflow, route.tool, permit) or await self._issue(workflow, route.tool, permit)
+        self._send(upstream, route, lease, workflow)  # the last liveness check and the write
+        while upstream.response is None:
+            if upstream.error is not None:
+                raise upstream.error
+            self._check()
+            await self
+        return upstream.response
+
     def _held(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease | None:
         """The lease of the handle that the call carried, or the active one."""
-        named = self.lease
+        named = self._named
         if named is None:
             self.lease = self.plane.broker.active(workflow, tool, permit)
-        elif not set(named.key.scopes) <= set(permit.scopes):
-            raise Denied(Reason.POLICY_DENIED, "policy narrows this call's scopes below those of the credential handle")
+        elif named.ttl > permit.ttl or not set(named.key.scopes) <= set(permit.scopes):
+            what = "policy wants a younger or narrower credential for this call than the handle's; call without it"
+            raise Denied(Reason.POLICY_DENIED, what)
+        else:
+            self.lease = named
         return self.lease
 
     async def _issue(self, workflow: Workflow, tool: Tool, permit: Permit) -> Lease:
@@ -170,22 +196,25 @@ class Flow(Driven):
 
     def _send(self, upstream: Upstream, route: Route, lease: Lease, workflow: Workflow) -> None:
         """Synchronous from the liveness checks to the write; then the body, as far as it has come."""
-        self.plane.router.require(route.tool)
-        upstream.send(inject(self.head, route, self.plane.broker.use(lease, workflow)), self)
+        plane = self.plane
+        plane.router.require(route.tool)
+        if self.permit is not None and self.permit.epoch != plane.decider.epoch:
+            self._ask_again(workflow, route, self.permit)
+        credential = plane.broker.use(lease, workflow, self._counted)
+        self._counted = True
+        upstream.send(inject(self.head, route, credential), self)
         if not self.body_complete:
             if self.head.expects_continue:
                 self.downstream.send_continue()
             self.downstream.body_wanted(True)
-        if self._pending:
+        if self.head.framing.kind != "none":
             self._flush_body()
 
-    async def _response_head(self, upstream: Upstream) -> ResponseHead:
-        while upstream.response is None:
-            if upstream.error is not None:
-                raise upstream.error
-            self._check()
-            await self
-        return upstream.response
+    def _ask_again(self, workflow: Workflow, route: Route, permit: Permit) -> None:
+        """A reload came while this call was on its way: what holds now is asked, and must be what the lease was made for."""
+        self.permit = self._permitted(workflow, route)
+        if not self.permit.same(permit):
+            raise Denied(Reason.POLICY_DENIED, "the policy changed while this call was on its way; call again")
 
     async def _stream_back(self, upstream: Upstream, head: ResponseHead) -> None:
         """The head, then the body by the protocols' own callbacks, until the last byte."""
@@ -211,12 +240,12 @@ class Flow(Driven):
     def relay(self, payload: bytes) -> None:
         """A piece of the response's body (from the upstream)."""
         self.touched = True
-        self.bytes_out += len(payload)
+        self.response_bytes += len(payload)
         if self.replied:
             self.downstream.relay(payload)
         else:
             self._early.append(payload)
-            if self._task is not None and self.upstream is not None:
+            if self.in_task and self.upstream is not None:
                 self.upstream.pause()  # a Task wakes a step later, and the loop reads many times in a step
 
     def request_body(self, payload: bytes, complete: bool) -> None:
@@ -230,6 +259,8 @@ class Flow(Driven):
             self._flush_body()
 
     def upstream_writable(self, writable: bool) -> None:
+        """Whether the tool takes more of the request's body (from the upstream)."""
+        self._tool_full = not writable
         self.downstream.body_wanted(writable)
 
     def fail(self, error: SpanlockError) -> None:
@@ -252,11 +283,19 @@ class Flow(Driven):
         limit = timeouts.idle if self.replied else timeouts.response
         if now - self._silent_since <= limit:
             return
-        if self.body_complete or self.replied:
-            what = f"no byte from tool {self.route.tool.name} for {limit:g} s"
-            self.fail(UpstreamError(Reason.UPSTREAM_TIMEOUT, what))
-        else:
-            self.fail(CallerError(Reason.REQUEST_TIMEOUT, f"no byte of the request's body for {limit:g} s"))
+        self.fail(self._silent(self.route.tool, limit))
+
+    def _silent(self, tool: Tool, limit: float) -> SpanlockError:
+        """Who has kept still for `limit` seconds."""
+        if self.downstream.choked:
+            return CallerError(Reason.REQUEST_TIMEOUT, f"the agent took no byte of the answer for {limit:g} s")
+        if self.replied or self.body_complete:
+            return UpstreamError(Reason.UPSTREAM_TIMEOUT, f"no byte from tool {tool.name} for {limit:g} s")
+        if self._tool_full:
+            return UpstreamError(
+                Reason.UPSTREAM_TIMEOUT, f"tool {tool.name} took no byte of the request for {limit:g} s"
+            )
+        return CallerError(Reason.REQUEST_TIMEOUT, f"no byte of the request's body for {limit:g} s")
 
     def cut(self) -> None:
         """The workflow closed: no further byte with the credential leaves (model.workflow.LiveFlow)."""
@@ -283,6 +322,7 @@ class Flow(Driven):
         if upstream is None:
             return
         pieces, self._pending = self._pending, []
+        self.request_bytes += sum(map(len, pieces))
         if self.head.framing.kind == "chunked":
             for piece in pieces:
                 upstream.write(chunk(piece))
@@ -302,10 +342,10 @@ class Flow(Driven):
 
     def _refuse(self, error: SpanlockError) -> str:
         self.error = error
-        if self.replied:
+        if self.replied or error.reason is Reason.CLIENT_GONE:
             self.downstream.abort()
-        elif error.reason is not Reason.CLIENT_GONE:
-            self._keep_alive = self._keep_alive and self.body_complete and error.reason is not Reason.MALFORMED_REQUEST
+        else:
+            self._keep_alive = self._keep_alive and self.body_complete and error.reason not in _ENDS_CONNECTION
             self.status = self.downstream.reject(error, self._keep_alive)
         return str(error.reason)
 
@@ -313,35 +353,31 @@ class Flow(Driven):
         """Gives everything back and writes the one record."""
         plane, workflow, upstream = self.plane, self.workflow, self.upstream
         now = plane.clock.monotonic()
-        received = 0
         if workflow is not None:
             if upstream is not None:
-                received = upstream.bytes_in
                 if self.error is not None or not self.body_complete:
                     upstream.abort()
-                plane.pool.give(upstream, workflow)
+                plane.pool.give(upstream, workflow, now)
             plane.registry.leave(workflow, self, now)
-        if outcome == "aborted":
-            self.downstream.abort()  # a bug of ours: the exception goes on to the log, the connection ends here
-        plane.record_flow(self._record(outcome, received, now), self.head.traceparent)
-        self.downstream.flow_ended(self._keep_alive and outcome != "aborted", now)
+        plane.record_flow(self._record(outcome, now), self.head.traceparent)
+        self.downstream.flow_ended(self._keep_alive, now)
 
-    def _record(self, outcome: str, received: int, now: float) -> FlowRecord:
+    def _record(self, outcome: str, now: float) -> FlowRecord:
         route, lease, permit, workflow, upstream = self.route, self.lease, self.permit, self.workflow, self.upstream
         caller = self.downstream.caller
         return FlowRecord(  # by position: by name it costs twice as much, and it is made for every call
             self.plane.clock.now(),
             workflow.agent if workflow is not None else ",".join(sorted(caller.agents)),
             caller.uid,
-            workflow.id if workflow is not None else "",
+            workflow.id if workflow is not None else caller.workflow or "",
             route.tool.name if route is not None else "",
             self.method.decode("latin-1"),
             route.path if route is not None else "",
             self.status,
             outcome,
             self.error.detail if self.error is not None else "",
-            received,
-            self.bytes_out,
+            self.request_bytes,
+            self.response_bytes,
             (now - self.started) * 1000,
             lease.id if lease is not None else "",
             lease.epoch if lease is not None else 0,

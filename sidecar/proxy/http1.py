@@ -12,12 +12,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from sidecar.errors import CallerError, Reason, UpstreamError
+from sidecar.model.tool import folded
 from sidecar.proxy.framing import NO_BODY, Framing
 
 MAX_HEAD = 64 * 1024
 """Bytes. Precedents: Go 1 MiB, Node 16 KiB, Envoy 60 KiB."""
 MAX_FIELDS = 128
 """Precedents: Apache and Envoy 100."""
+_TOO_MANY = MAX_FIELDS + 1
+"""At so many lines a head is read no further: 64 KiB of short ones would take 15 ms."""
 _REMEMBERED, _REMEMBERED_BYTES = 64, 4096
 """Field lines that a connection may remember, and how long they are together: it is idle most of its life."""
 
@@ -36,6 +39,8 @@ class Field(NamedTuple):
     value: bytes
     line: bytes
     """The field as it is sent on, `name: value` and CRLF; nothing when it stops here."""
+    folded: bytes
+    """The name as servers may read it: what is to be replaced is known by this."""
 
 
 class Fields:
@@ -66,7 +71,8 @@ class Fields:
             if match is None:
                 return None
             name, value = match[1].lower(), match[2].rstrip(b" \t")
-            fields.append(Field(name, value, b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)))
+            sent = b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)
+            fields.append(Field(name, value, sent, folded(name)))
         self._remember(lines, fields)
         return fields
 
@@ -96,6 +102,9 @@ class RequestHead:
     connection: bytes | None
     authorization: bytes | None
     traceparent: bytes | None
+    origin: bytes | None
+    """With `fetch_site`, what a browser says of the page that a request is from."""
+    fetch_site: bytes | None
 
 
 @dataclass(slots=True)
@@ -131,8 +140,10 @@ def _why_not(head: bytes) -> str:
 
 
 def parse_request(head: bytes, reader: Fields) -> RequestHead:
-    """The request whose head is `head`, up to its empty line. Raises `CallerError` (malformed_request)."""
-    first, *lines = head.split(b"\r\n")
+    """The request whose head is `head`, up to its empty line. Raises `CallerError` (malformed_request, request_too_large)."""
+    first, *lines = head.split(b"\r\n", _TOO_MANY)
+    if len(lines) >= _TOO_MANY:
+        raise CallerError(Reason.REQUEST_TOO_LARGE, f"more than {MAX_FIELDS} header fields")
     match = _REQUEST_LINE.fullmatch(first)
     fields = reader.read(lines)
     if match is None or fields is None:
@@ -140,14 +151,12 @@ def parse_request(head: bytes, reader: Fields) -> RequestHead:
     method, target, minor = match.groups()
     if minor != b"1" and method != b"CONNECT":
         raise _malformed("only HTTP/1.1 is spoken here")
-    if len(fields) > MAX_FIELDS:
-        raise _malformed(f"more than {MAX_FIELDS} header fields")
     return _request(method, target, fields)
 
 
 _MEANT = frozenset(
     (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"upgrade", b"authorization",
-     b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings")
+     b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings", b"origin", b"sec-fetch-site")
 )  # fmt: skip
 """The fields that mean something to us."""
 _FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
@@ -161,7 +170,7 @@ _VOID_IF_REPEATED = frozenset((b"authorization", b"traceparent"))
 def _request(method: bytes, target: bytes, headers: list[Field]) -> RequestHead:
     """Checks what the fields mean together."""
     seen: dict[bytes, bytes] = {}
-    for name, value, _ in headers:
+    for name, value, _, _ in headers:
         if name in _MEANT:
             seen[name] = _repeated(name, seen[name], value) if name in seen else value
     get = seen.get
@@ -188,6 +197,8 @@ def _request(method: bytes, target: bytes, headers: list[Field]) -> RequestHead:
         connection,
         get(b"authorization") or None,
         get(b"traceparent") or None,
+        get(b"origin"),
+        get(b"sec-fetch-site"),
     )
 
 
@@ -221,17 +232,17 @@ def parse_response(head: bytes, method: bytes, reader: Fields) -> ResponseHead:
 
     Raises `UpstreamError` (upstream_malformed).
     """
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.split(b"\r\n", _TOO_MANY)
+    if len(lines) >= _TOO_MANY:
+        raise _bad_answer(f"more than {MAX_FIELDS} header fields")
     read = _status_line(first)
     fields = reader.read(lines)
     if read is None or fields is None:
         raise _bad_answer(_why_not(head))
-    if len(fields) > MAX_FIELDS:
-        raise _bad_answer(f"more than {MAX_FIELDS} header fields")
     minor, status, phrase = read
     length = coding = None
     connection = b""
-    for name, value, _ in fields:
+    for name, value, _, _ in fields:
         if name not in _FRAMING:
             continue
         if name == b"content-length":

@@ -2,12 +2,12 @@
 
 import asyncio
 
+from sidecar.address import host_and_port
 from sidecar.clock import Clock
 from sidecar.errors import CallerError, ConfigError, Reason
 from sidecar.model.workflow import Workflow
 from sidecar.proxy.destination import Mode
 from sidecar.proxy.downstream import Connection
-from sidecar.proxy.egress import is_loopback
 from sidecar.proxy.plane import Plane
 
 _SWEEP_SECONDS = 1.0
@@ -22,16 +22,10 @@ class Listeners:
         self.connections: set[Connection] = set()
 
     async def open(self, address: str, mode: Mode) -> str:
-        """Listens on "host:port" (loopback only: the caller is known by its uid). Returns the address bound.
-
-        Raises `ConfigError` when the address is not loopback or is taken.
-        """
-        host, _, port = address.rpartition(":")
-        host = host.strip("[]")
-        if not is_loopback(host):
-            raise ConfigError(Reason.CONFIG_INVALID, f"listeners.{mode}: {address} is not loopback; use 127.0.0.1")
+        """Listens on a `LoopbackHostPort`. Returns the address bound. Raises `ConfigError` when it is taken."""
+        host, port = host_and_port(address)
         try:
-            return await self._listen(mode, mode, host, int(port), None)
+            return await self._listen(mode, mode, host, port, None)
         except OSError as error:
             raise ConfigError(
                 Reason.CONFIG_INVALID, f"listeners.{mode}: cannot listen on {address}: {error.strerror}"
@@ -40,13 +34,17 @@ class Listeners:
     async def open_for(self, workflow: Workflow) -> str:
         """A listener of the workflow's own on an ephemeral port. Returns its proxy URL; `close_for` ends it.
 
-        Raises `CallerError` (too_many_workflows) when the machine has no port or file left for it.
+        Raises `CallerError`: too_many_workflows when the machine has no port or file left for it, workflow_closed.
         """
         try:
-            return "http://" + await self._listen(workflow.id, "explicit", "127.0.0.1", 0, workflow.id)
+            address = await self._listen(workflow.id, "explicit", "127.0.0.1", 0, workflow.id)
         except OSError as error:
             what = f"no listener for the workflow: {error.strerror}; raise the limit of open files"
             raise CallerError(Reason.TOO_MANY_WORKFLOWS, what) from None
+        if not workflow.is_open:  # it closed meanwhile, and found no listener to end
+            self.close_for(workflow.id)
+            raise CallerError(Reason.WORKFLOW_CLOSED, "the workflow was closed while it opened")
+        return "http://" + address
 
     async def _listen(self, name: str, mode: Mode, host: str, port: int, workflow: str | None) -> str:
         loop = asyncio.get_running_loop()
@@ -79,6 +77,7 @@ class Listeners:
             now = clock.monotonic()
             for connection in list(self.connections):
                 connection.expire(now)
+            self._plane.pool.expire(now)
 
     def stop_accepting(self) -> None:
         """No new connections; the open ones go on."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sidecar.audit.log import AuditLog
 from sidecar.clock import Clock
 from sidecar.credentials.broker import Broker
-from sidecar.errors import SpanlockError
+from sidecar.errors import Reason, SpanlockError
 from sidecar.identity.callers import Callers
 from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Caller
@@ -21,8 +21,6 @@ from sidecar.telemetry.metrics import Metrics
 from sidecar.telemetry.tracing import Tracer
 from sidecar.tools.router import Router
 from sidecar.workflows.registry import Registry
-
-_SAMPLED = (b"1", b"3", b"5", b"7", b"9", b"b", b"d", b"f")
 
 FindCaller = Callable[[tuple[str, int], tuple[str, int]], Caller]
 """From a connection's local and peer address. Raises `CallerError` (unknown_caller)."""
@@ -57,7 +55,9 @@ class Plane:
         self.metrics.flow(record.tool, record.outcome, record.duration_ms / 1000)
         if record.outcome != "ok":
             self.denials.append(record)
-        if traceparent is not None and traceparent[-1:] in _SAMPLED:
+            if record.workflow and record.outcome != Reason.CLIENT_GONE:
+                self.registry.refused(record.workflow, record.outcome)
+        if traceparent is not None:
             self.tracer.flow(record, traceparent)
 
     def record_refusal(self, caller: Caller, mode: str, status: int, error: SpanlockError) -> None:
@@ -65,9 +65,9 @@ class Plane:
         agents = ",".join(sorted(caller.agents))
         self.record_flow(
             FlowRecord(
-                time=self.clock.now(), agent=agents, uid=caller.uid, workflow="", tool="", method="", path="", status=status,
-                outcome=str(error.reason), detail=error.detail, bytes_in=0, bytes_out=0, duration_ms=0.0, lease="",
-                lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
+                time=self.clock.now(), agent=agents, uid=caller.uid, workflow=caller.workflow or "", tool="", method="",
+                path="", status=status, outcome=str(error.reason), detail=error.detail, request_bytes=0, response_bytes=0,
+                duration_ms=0.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
             ),
             None,
         )  # fmt: skip

@@ -18,8 +18,10 @@ from sidecar.proxy.outbox import Outbox
 from sidecar.proxy.upstream import Upstream
 from sidecar.tasks import Background
 
-MAX_IDLE = 32
-"""Idle connections kept for one workflow and tool. Precedent: Go's per-host default is 2, nginx upstreams use 32."""
+MAX_IDLE, MAX_IDLE_ALL = 32, 1024
+"""Idle connections kept for one workflow and tool, and in all. Precedents: Go keeps 2 a host, nginx upstreams use 32."""
+IDLE_SECONDS = 60.0
+"""Precedents: nginx and most servers keep an idle connection for 60 to 75 s, Go's client for 90 s."""
 
 Own = Callable[[], frozenset[int]]
 """The ports that this sidecar listens on."""
@@ -28,6 +30,14 @@ Own = Callable[[], frozenset[int]]
 def _abandon(dialled: "asyncio.Task[Upstream]") -> None:
     if not dialled.cancelled() and dialled.exception() is None:
         dialled.result().abort()
+
+
+def _socket(address: str, tool: Tool) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    except OSError as error:
+        what = f"no connection to tool {tool.name} can be made here: {error.strerror}; raise the limit of open files"
+        raise UpstreamError(Reason.UPSTREAM_UNREACHABLE, what) from None
 
 
 class Pool:
@@ -39,6 +49,7 @@ class Pool:
         self._resolve = resolve
         self._own_ports = own_ports
         self._idle: dict[str, dict[str, list[Upstream]]] = {}
+        self._idle_count = 0
         self._trust: dict[str | None, ssl.SSLContext] = {}
 
     def trust(self, ca_file: str | None) -> ssl.SSLContext:
@@ -64,23 +75,37 @@ class Pool:
         idle = by_tool.get(tool.name)
         while idle:
             upstream = idle.pop()
+            self._idle_count -= 1
             if upstream.alive and upstream.tool is tool:
                 return upstream
             upstream.abort()
         return None
 
-    def give(self, upstream: Upstream, workflow: Workflow) -> None:
-        """Takes a connection back after its flow; closes it when it cannot or may not be used again."""
+    def give(self, upstream: Upstream, workflow: Workflow, now: float) -> None:
+        """Takes a connection back after its flow; closes it when it cannot or may not be used again. `now`: monotonic."""
         if not upstream.release():
             return
         if not workflow.is_open:
             upstream.abort()
             return
         idle = self._idle.setdefault(workflow.id, {}).setdefault(upstream.tool.name, [])
-        if len(idle) >= MAX_IDLE:
+        if len(idle) >= MAX_IDLE or self._idle_count >= MAX_IDLE_ALL:
             upstream.abort()
         else:
+            upstream.idle_since = now
             idle.append(upstream)
+            self._idle_count += 1
+
+    def expire(self, now: float) -> None:
+        """Closes what has been idle for too long (called once a second)."""
+        for by_tool in self._idle.values():
+            for name, idle in by_tool.items():
+                # The oldest stand first: the newest are taken and given at the end.
+                fresh = next((at for at, u in enumerate(idle) if now - u.idle_since <= IDLE_SECONDS), len(idle))
+                for upstream in idle[:fresh]:
+                    upstream.abort()
+                self._idle_count -= fresh
+                by_tool[name] = idle[fresh:] if fresh else idle
 
     def forget_trust(self) -> None:
         """A reload reads the CA files again."""
@@ -90,7 +115,9 @@ class Pool:
         """Closes the idle connections of a workflow (to one tool)."""
         by_tool = self._idle.get(workflow, {})
         for name in [tool] if tool is not None else list(by_tool):
-            for upstream in by_tool.pop(name, ()):
+            idle = by_tool.pop(name, [])
+            self._idle_count -= len(idle)
+            for upstream in idle:
                 upstream.abort()
         if not by_tool:
             self._idle.pop(workflow, None)
@@ -122,7 +149,7 @@ class Pool:
 
     async def _connect(self, workflow: str, tool: Tool, address: str) -> Upstream:
         loop = asyncio.get_running_loop()
-        sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+        sock = _socket(address, tool)
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

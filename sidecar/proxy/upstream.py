@@ -1,6 +1,11 @@
 """One connection to a tool, resolved, pinned and verified before the first byte is written. Carries one flow at a time."""
 
 import asyncio
+import fcntl
+import socket
+import struct
+import termios
+from array import array
 from typing import Protocol, cast
 
 from sidecar.errors import CallerError, Reason, SpanlockError, UpstreamError
@@ -10,6 +15,8 @@ from sidecar.proxy.http1 import MAX_HEAD, Fields, ResponseHead, parse_response
 from sidecar.proxy.inject import OutboundRequest
 from sidecar.proxy.outbox import Outbox, Sender
 
+_RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER on, for no time: a close sends a reset instead of what is queued (socket(7))."""
 _MAX_INTERIM = 16
 """Heads in one read, of which all but the last are 1xx. Precedent: Go takes 5."""
 _WITHHELD = frozenset(
@@ -17,6 +24,13 @@ _WITHHELD = frozenset(
      b"transfer-encoding", b"upgrade", b"alt-svc")
 )  # fmt: skip
 """Of an answer's fields: what is between the tool and us, or would lead the agent past us."""
+
+
+def unsent_by_kernel(descriptor: int) -> int:
+    """Bytes that the other end has not acknowledged (tcp(7), SIOCOUTQ)."""
+    count = array("i", [0])
+    fcntl.ioctl(descriptor, termios.TIOCOUTQ, count)
+    return count[0]
 
 
 def withheld(name: bytes) -> bool:
@@ -46,8 +60,8 @@ class Upstream(Sender):
     """The protocol of one connection. The pool owns it while idle, the flow while in use; `abort` ends it at once."""
 
     __slots__ = (
-        "_buffer", "_fields", "_framing", "_held_up", "address", "answered", "bytes_in", "complete", "error",
-        "flow", "response", "reused", "tool", "workflow",
+        "_buffer", "_fields", "_framing", "_held_up", "address", "answered", "complete", "error",
+        "flow", "idle_since", "response", "reused", "tool", "workflow",
     )  # fmt: skip
 
     def __init__(self, outbox: Outbox, workflow: str, tool: Tool, address: str) -> None:
@@ -57,6 +71,8 @@ class Upstream(Sender):
         self.address = address
         self.flow: Carried | None = None
         self.reused = False
+        self.idle_since = 0.0
+        """Monotonic seconds; of no meaning while it carries a flow."""
         self._fields = Fields(withheld)
         self._buffer = b""
         self._framing: Framing | None = None
@@ -67,7 +83,6 @@ class Upstream(Sender):
         self.answered = False
         """Any byte of a response has come for this flow."""
         self.error: SpanlockError | None = None
-        self.bytes_in = 0
 
     # -- asyncio.Protocol ---------------------------------------------------------------------------------------
 
@@ -119,6 +134,15 @@ class Upstream(Sender):
         if self.flow is not None:
             self.flow.upstream_writable(True)
 
+    def abort(self) -> None:
+        """Closes at once. What the kernel has not sent yet is thrown away as well: it would go on sending after a close."""
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            sock = transport.get_extra_info("socket")
+            if unsent_by_kernel(sock.fileno()):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        super().abort()
+
     # -- for the flow -------------------------------------------------------------------------------------------
 
     @property
@@ -132,7 +156,6 @@ class Upstream(Sender):
         self.flow = flow
         self.response = self._framing = self.error = None
         self.complete = self.answered = False
-        self.bytes_in = 0
         self.write(request.head)
 
     def pause(self) -> None:
@@ -188,7 +211,6 @@ class Upstream(Sender):
             return
         payload, rest = framing.feed(data)
         if payload:
-            self.bytes_in += len(payload)
             flow.relay(payload)
         if framing.done:
             self.complete = True

@@ -1,1 +1,2 @@
-"""Every metric and log field name: `logging` (what is not per flow), `metrics`, `tracing`."""
+"""Every metric and log field name: `logging` (what is not per flow), `metrics` (what is counted), `tracing` (the sidecar's
+own spans), `config` (the `telemetry:` section)."""

@@ -2,13 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sidecar.section import Section
 
 
-class TelemetryConfig(BaseModel):
+class TelemetryConfig(Section):
     """How the sidecar speaks about itself."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "json"
     otlp_endpoint: str | None = Field(

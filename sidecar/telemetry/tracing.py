@@ -12,6 +12,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from sidecar.clock import Clock
 from sidecar.model.audit import FlowRecord
+from sidecar.model.traceparent import TraceParent, parse
 from sidecar.telemetry.logging import logger
 
 _QUEUE = 2048
@@ -25,31 +26,33 @@ class Tracer:
     def __init__(self, endpoint: str | None, clock: Clock) -> None:
         self._url = endpoint.rstrip("/") + "/v1/traces" if endpoint else None
         self._clock = clock
-        self._queue: deque[tuple[FlowRecord, bytes]] = deque(maxlen=_QUEUE)
+        self._queue: deque[tuple[FlowRecord, TraceParent]] = deque(maxlen=_QUEUE)
+        self._log = logger("tracing")
+        self._losing = False
 
     def flow(self, record: FlowRecord, traceparent: bytes) -> None:
-        """Notes a span for a call whose parent is sampled."""
-        if self._url is not None:
-            self._queue.append((record, traceparent))
+        """Notes a span for the call, if its parent is sampled."""
+        if self._url is not None and (parent := parse(traceparent)) is not None and parent.sampled:
+            self._queue.append((record, parent))
 
     async def run(self) -> None:
-        """For ever: a batch a second. A collector that is down costs spans, nothing else."""
+        """For ever: a batch a second. A collector that is down or refuses costs spans, nothing else."""
         if self._url is None:
             return
-        log = logger("tracing")
         async with aiohttp.ClientSession(trust_env=False, timeout=aiohttp.ClientTimeout(total=5)) as session:
             while True:
                 await self._clock.sleep(_INTERVAL)
                 if not self._queue:
                     continue
-                body = self._batch()
-                try:
-                    async with session.post(
-                        self._url, data=body, headers={"content-type": "application/x-protobuf"}, allow_redirects=False
-                    ) as answer:
-                        await answer.read()
-                except (aiohttp.ClientError, TimeoutError) as error:
-                    log.warning("spans_lost", error=type(error).__name__)
+                self._note(await _send(session, self._url, self._batch()))
+
+    def _note(self, problem: str) -> None:
+        """Says once that an outage begins, and once that it is over."""
+        if problem and not self._losing:
+            self._log.warning("spans_lost", error=problem, effect="calls go on, the sidecar's own spans are lost")
+        elif self._losing and not problem:
+            self._log.info("spans_recovered")
+        self._losing = bool(problem)
 
     def _batch(self) -> bytes:
         request = ExportTraceServiceRequest()
@@ -58,18 +61,25 @@ class Tracer:
         name.key, name.value.string_value = "service.name", "spanlock"
         scope = resource.scope_spans.add()
         while self._queue:
-            record, traceparent = self._queue.popleft()
-            parts = traceparent.decode("latin-1").split("-")
-            try:
-                trace, parent = bytes.fromhex(parts[1]), bytes.fromhex(parts[2])
-            except (IndexError, ValueError):
-                continue
-            _fill(scope.spans.add(), record, trace, parent)
+            record, parent = self._queue.popleft()
+            _fill(scope.spans.add(), record, parent)
         return request.SerializeToString()
 
 
-def _fill(span: Span, record: FlowRecord, trace: bytes, parent: bytes) -> None:
-    span.trace_id, span.parent_span_id, span.span_id = trace, parent, secrets.token_bytes(8)
+async def _send(session: aiohttp.ClientSession, url: str, body: bytes) -> str:
+    """What kept the collector from taking the batch; empty when it took it."""
+    headers = {"content-type": "application/x-protobuf"}
+    try:
+        async with session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
+            await answer.read()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return type(error).__name__
+    return "" if answer.status < 300 else f"HTTP {answer.status}"
+
+
+def _fill(span: Span, record: FlowRecord, parent: TraceParent) -> None:
+    span.trace_id, span.parent_span_id = bytes.fromhex(parent.trace_id), bytes.fromhex(parent.parent_id)
+    span.span_id = secrets.token_bytes(8)
     span.name = f"{record.method} {record.tool or 'refused'}"
     span.kind = Span.SPAN_KIND_CLIENT
     span.end_time_unix_nano = int(record.time * 1e9)

@@ -4,42 +4,38 @@ from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from sidecar.errors import CallerError
 from sidecar.model.lease import TokenCheck
 from sidecar.model.tool import Authority, Introspection, Timeouts, Tool
-from sidecar.paths import ConfigFile
+from sidecar.section import ConfigFile, Name, Section
 from sidecar.tools.names import parse_authority
 
-_STRICT = ConfigDict(extra="forbid", frozen=True)
 _FRAMING = frozenset(
     ("connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
 
 
-class IntrospectionConfig(BaseModel):
+class IntrospectionConfig(Section):
     """The tool's own client at the issuer: most issuers say `active: true` only to a client in the token's audience."""
 
-    model_config = _STRICT
     client_id: str = Field(min_length=1)
     secret_file: ConfigFile = Field(min_length=1, description="File that holds the client's secret; read at each use.")
 
 
-class TimeoutsConfig(BaseModel):
+class TimeoutsConfig(Section):
     """Seconds."""
 
-    model_config = _STRICT
     connect: float = Field(default=10.0, gt=0, le=300, description="Resolve, connect and TLS handshake together.")
     response: float = Field(default=120.0, gt=0, le=86400, description="From the request to the response's head.")
     idle: float = Field(default=300.0, gt=0, le=86400, description="Without a byte while a body streams.")
 
 
-class ToolConfig(BaseModel):
+class ToolConfig(Section):
     """One tool that agents may use."""
 
-    model_config = _STRICT
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="In base URLs, policy and audit.")
+    name: Name = Field(description="In base URLs, policy and audit.")
     url: str = Field(description="https://host[:port]; the only destination of this tool's credential.")
     issuer: str = Field(description="Name of the entry in `issuers:` that mints its credential.")
     audience: str | None = Field(default=None, description="RFC 8693 audience.")
@@ -50,7 +46,9 @@ class ToolConfig(BaseModel):
         default=(), description="Networks that are not public but may be dialled for this tool."
     )
     allow_cleartext: bool = Field(default=False, description="Send the credential over plain http beyond this machine.")
-    allow_semicolons: bool = Field(default=False, description="Accept `;` in paths.")
+    allow_semicolons: bool = Field(
+        default=False, description="Accept `;` in paths; policy must permit the path with and without `;…`."
+    )
     methods: tuple[str, ...] = Field(default=(), description="Empty: any method; policy decides.")
     ca_file: ConfigFile | None = Field(default=None, description="PEM of a private CA to trust beside the system's.")
     header: str = Field(

@@ -1,1 +1,1 @@
-"""What can only take access away: `otlp` (ended spans), `config`."""
+"""What can only take access away: `otlp` (ended spans), `config` (the `otlp:` section)."""

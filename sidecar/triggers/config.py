@@ -1,12 +1,14 @@
 """The OTLP receivers' addresses."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sidecar.address import LoopbackHostPort
+from sidecar.section import Section
 
 
-class OtlpConfig(BaseModel):
+class OtlpConfig(Section):
     """Receivers of the agent's spans; null switches one off. Loopback only: the sender is known by its uid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    grpc: str | None = Field(default="127.0.0.1:17317", description="OTLP/gRPC.")
-    http: str | None = Field(default="127.0.0.1:17318", description="OTLP/HTTP, protobuf or JSON.")
+    grpc: LoopbackHostPort | None = Field(default="127.0.0.1:17317", description="OTLP/gRPC.")
+    http: LoopbackHostPort | None = Field(default="127.0.0.1:17318", description="OTLP/HTTP, protobuf or JSON.")
     max_spans: int = Field(default=10_000, ge=1, description="Spans looked at in one request; the rest is ignored.")

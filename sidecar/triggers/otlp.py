@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -15,6 +16,7 @@ from aiohttp import web
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from sidecar.address import host_and_port
 from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Caller
 from sidecar.site import Site
@@ -127,10 +129,9 @@ def _handler(export: Any) -> Any:
 def _peer(context: Any) -> tuple[str, int]:
     """gRPC tells the peer as text, and our own side not at all; on loopback both ends have one address."""
     kind, _, rest = context.peer().partition(":")
-    host, _, port = rest.rpartition(":")
     if kind not in ("ipv4", "ipv6"):
         raise ValueError(kind)
-    return host.replace("%5B", "").replace("%5D", "").strip("[]"), int(port)
+    return host_and_port(unquote(rest))
 
 
 def _spans_of(request: Export) -> list[tuple[str, str, str]]:

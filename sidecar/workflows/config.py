@@ -1,12 +1,13 @@
 """The `workflows:` section."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sidecar.section import Section
 
 
-class WorkflowsConfig(BaseModel):
+class WorkflowsConfig(Section):
     """How long work may last, and how calls may be bound to it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     max_open: int = Field(default=10_000, ge=1, description="Open workflows altogether.")
     max_open_per_agent: int = Field(default=2_000, ge=1)
     max_age: float = Field(default=3600.0, gt=0, description="Seconds; an agent may ask for less, never for more.")

@@ -11,12 +11,14 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sidecar.clock import Clock
 from sidecar.errors import CallerError, Reason
 from sidecar.machine import step
 from sidecar.model.caller import Caller
 from sidecar.model.lease import CloseReport
+from sidecar.model.traceparent import parse
 from sidecar.model.workflow import (
     WORKFLOW_TABLE,
     CloseReason,
@@ -28,7 +30,6 @@ from sidecar.model.workflow import (
 from sidecar.secret import Secret
 from sidecar.tasks import Background
 from sidecar.workflows.config import WorkflowsConfig
-from sidecar.workflows.traceparent import trace_id as parse_trace_id
 
 Settle = Callable[[Workflow], asyncio.Task[CloseReport]]
 """Drops every lease of the workflow before it returns; the task revokes and reports."""
@@ -151,8 +152,8 @@ class Registry:
             return workflow
         if len(caller.agents) == 1:
             (agent,) = caller.agents
-            if traceparent is not None and (trace := parse_trace_id(traceparent)) is not None:
-                workflow = self._by_trace.get((agent, trace))
+            if traceparent is not None and (parent := parse(traceparent)) is not None:
+                workflow = self._by_trace.get((agent, parent.trace_id))
                 if workflow is not None:
                     return workflow
             mine = self._by_agent.get(agent)
@@ -175,6 +176,12 @@ class Registry:
         workflow.flows.add(flow)
         workflow.flow_count += 1
         workflow.last_used = now
+
+    def refused(self, workflow_id: str, reason: str) -> None:
+        """A call of this workflow, or on its listener, did not end well."""
+        workflow = self._open.get(workflow_id) or self._ending.get(workflow_id)
+        if workflow is not None:
+            workflow.refused[reason] += 1
 
     def leave(self, workflow: Workflow, flow: LiveFlow, now: float) -> None:
         """The call has ended. `now`: monotonic seconds."""
@@ -247,22 +254,23 @@ class Registry:
         return task
 
     async def _finish(self, workflow: Workflow, settled: asyncio.Task[CloseReport]) -> CloseReport:
-        report = await asyncio.shield(settled)
+        report = replace(await asyncio.shield(settled), refused=tuple(sorted(workflow.refused.items())))
         workflow.state = step(WORKFLOW_TABLE, workflow.state, WorkflowEvent.SETTLED)
         self._closing.pop(workflow.id, None)
         self._ending.pop(workflow.id, None)
+        self._remember(workflow, report)
+        return report
+
+    def _remember(self, workflow: Workflow, report: CloseReport) -> None:
         self._closed[workflow.id] = (workflow, report)
         while len(self._closed) > _KEPT:
             self._closed.popitem(last=False)
         self._changed(workflow, report)
-        return report
 
     def restarted(self, left: list[Workflow]) -> None:
         """Takes note of the workflows that the last sidecar left open: closed, remembered, and told to `on_change`."""
-        for workflow in left[-_KEPT:]:
-            report = CloseReport(workflow.id, workflow.agent, str(workflow.close_reason))
-            self._closed[workflow.id] = (workflow, report)
-            self._changed(workflow, report)
+        for workflow in left:
+            self._remember(workflow, CloseReport(workflow.id, workflow.agent, str(workflow.close_reason)))
 
     async def _remembered(self, workflow: Workflow) -> CloseReport:
         _, report = self._closed.get(workflow.id, (workflow, None))

@@ -1,13 +1,15 @@
 """The audit log when its sink is slow, full or gone: calls go on, what is lost is counted and said once."""
 
+import errno
 import json
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
 
-from sidecar.audit.log import AuditLog
+from sidecar.audit.log import AuditLog, encode
 from sidecar.audit.sinks import FileSink, StdoutSink
 from sidecar.model.audit import WorkflowRecord
 from sidecar.telemetry import logging
@@ -23,7 +25,8 @@ def numbers(lines: bytes) -> list[int]:
 
 
 def test_records_are_whole_lines_in_order_and_only_the_owner_reads_them(tmp_path: Path) -> None:
-    path, lost = tmp_path / "audit.jsonl", []
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
     log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
     for number in range(120):
         log.workflow(record(number))
@@ -86,7 +89,8 @@ def test_a_standard_output_whose_reader_has_gone_is_said() -> None:
 
 
 def test_a_record_that_is_no_json_stops_nothing(tmp_path: Path) -> None:
-    path, lost = tmp_path / "audit.jsonl", []
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
     log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
     log.workflow(record(1)._replace(name="\ud800"))
     log.flush()
@@ -94,3 +98,79 @@ def test_a_record_that_is_no_json_stops_nothing(tmp_path: Path) -> None:
     log.workflow(record(2))
     log.close()
     assert numbers(path.read_bytes()) == [2]
+
+
+class Disk:
+    """Stands for `os.write`: takes `room` bytes, then is full."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._write = os.write
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self._write(descriptor, data[: self.room])
+        self.room -= written
+        return written
+
+
+def whole(lines: bytes) -> list[int]:
+    """The numbers of the lines that are whole; the others are cut short, none is glued to another."""
+    assert lines.count(b'"kind"') == len(lines.splitlines())
+    return numbers(b"".join(line + b"\n" for line in lines.splitlines() if line.endswith(b"}")))
+
+
+def test_the_record_after_a_half_written_one_has_its_own_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "audit.jsonl"
+    lost: list[int] = []
+    log = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
+    size = len(encode(record(1)))
+    disk = Disk(size + 9)
+    monkeypatch.setattr(os, "write", disk.write)
+    log.workflow(record(1))
+    log.workflow(record(2))
+    log.flush()
+    assert not log.healthy and path.stat().st_size == size + 9
+    log.workflow(record(3))
+    log.flush()
+    disk.room = 1 << 20
+    for number in (4, 5):
+        log.workflow(record(number))
+        log.flush()
+    disk.room = 9
+    log.workflow(record(6))
+    log.close()
+    assert whole(path.read_bytes()) == [1, 4, 5]
+    disk.room = 1 << 20
+    again = AuditLog(FileSink(str(path)), FakeClock(), lost.append)
+    again.workflow(record(7))
+    again.close()
+    assert whole(path.read_bytes()) == [1, 4, 5, 7], "a sidecar that starts on a file that another left cut short"
+
+
+def test_standard_output_that_fails_once_loses_that_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    disk, failed = Disk(9), threading.Event()
+
+    def noted(descriptor: int, data: bytes) -> int:
+        try:
+            return disk.write(descriptor, data)
+        finally:
+            if not disk.room:
+                failed.set()
+
+    monkeypatch.setattr(os, "write", noted)
+    sink = StdoutSink(write)
+    sink.write(encode(record(1)))
+    assert failed.wait(10)
+    while sink._error is None:  # the thread is between the failure and its note
+        pass
+    disk.room = 1 << 20
+    with pytest.raises(OSError, match="No space left"):
+        sink.write(encode(record(2)))
+    sink.write(encode(record(3)))
+    sink.close()
+    assert whole(os.read(read, 1 << 20)) == [2, 3]
+    os.close(read)
+    os.close(write)

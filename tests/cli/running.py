@@ -28,7 +28,7 @@ def variables(stage: Servers | None = None, **more: str) -> dict[str, str]:
 
 def alone(directory: Path, **more: str) -> dict[str, str]:
     """The environment where no sidecar runs."""
-    found = variables(SPANLOCK_RUN_DIR=str(directory / "nobody"), **more)
+    found = variables(None, SPANLOCK_RUN_DIR=str(directory / "nobody"), **more)
     found.pop("SPANLOCK_SOCKET", None)
     return found
 
@@ -60,7 +60,7 @@ def in_a_terminal(words: Sequence[str], env: dict[str, str], typed: Sequence[tup
     """Runs `words` in a terminal and types each answer once what comes before it is on the screen. The status and the screen."""
     pid, master = pty.fork()
     if pid == 0:
-        os.execvpe(words[0], words, env)
+        os.execvpe(words[0], list(words), env)
     deadline = time.monotonic() + LIMIT
     screen, seen, waiting = b"", 0, list(typed)
     try:

@@ -5,6 +5,7 @@ import json
 import shlex
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,30 @@ async def test_ctrl_z_gives_the_shell_its_terminal_and_fg_goes_on(stage: Stage) 
     shell = ["bash", "--norc", "--noprofile", "-i"]
     _, screen = await asyncio.to_thread(in_a_terminal, shell, env, typed)
     assert b"still-4" in screen, screen
+
+
+async def test_the_receipt_of_a_sidecar_that_went_away_says_that_nothing_is_known(tmp_path: Path) -> None:
+    receipt = tmp_path / "receipt.json"
+    async with Servers() as servers:
+        sidecar = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "run", "-c", str(servers.dir / "spanlock.yaml"), stderr=subprocess.DEVNULL
+        )
+        async with asyncio.timeout(20):
+            while not servers.operator_socket.exists():
+                await asyncio.sleep(0.01)
+        process = await asyncio.create_subprocess_exec(
+            *words_of("sh", "-c", "echo $SPANLOCK_WORKFLOW; read line", options=("--receipt", str(receipt))),
+            env=variables(servers), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        workflow = (await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip()
+        sidecar.kill()
+        await sidecar.wait()
+        _, err = await asyncio.wait_for(process.communicate(b"go on\n"), 30)
+    assert process.returncode == 0 and b"the sidecar went away" in err
+    assert json.loads(receipt.read_text()) == {
+        "workflow": workflow, "reason": "unknown", "close_to_dropped_ms": None, "close_to_revoked_ms": None, "credentials": None
+    }  # fmt: skip
 
 
 async def test_a_receipt_that_cannot_be_written_is_said_before_anything_runs(stage: Stage, tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import os
+import re
+import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sidecar.cli import operator
+from sidecar.cli import main, operator
 from sidecar.cli.stage import Stage
 from tests.stage import client, closed, opened, ready_stage, url
 
@@ -86,7 +89,7 @@ async def test_workflows_and_leases_name_everything_but_a_value() -> None:
 
 
 async def test_revoke_needs_to_be_told_what_and_tells_the_outcome() -> None:
-    async with ready_stage() as stage:
+    async with ready_stage(more="credentials: {{revoke_deadline: 0.3}}\n") as stage:
         workflow = await opened(stage, listener=True)
         async with client(stage, workflow.proxy_url) as agent:
             await agent.get(url(stage.search))
@@ -144,6 +147,24 @@ async def test_the_verbs_are_listed_and_unknown_ones_refused() -> None:
     status, out, _ = await spanlock("--help")
     assert status == 0
     for verb in ("demo", "run", "exec", "check", "status", "workflows", "leases", "revoke", "explain"):
-        assert f"\n  {verb} " in out
+        assert re.search(rf"^  {verb} +[A-Z]", out, re.M)
+    assert "revokes them at their issuers" in out and "Live leases: who may use what until when.\n" in out
     assert (await spanlock("--version"))[1].startswith("spanlock 0.")
     assert (await spanlock("destroy"))[0] == 2
+
+
+@pytest.mark.parametrize("words", ["--help", "explain --help"])
+def test_no_verb_is_loaded_but_the_one_that_runs(words: str) -> None:
+    program = f"import sys; from sidecar.cli import main\ntry: main.main({words.split()})\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert {name for name in loaded if name.startswith("sidecar.cli.")} - {"sidecar.cli.explain"} == {
+        "sidecar.cli.main"
+    }
+    assert not loaded & {"grpc", "uvloop", "sidecar.config.schema"}
+
+
+def test_what_a_verb_does_is_said_in_one_place() -> None:
+    """Its module's docstring: a second one, on the function, came to differ."""
+    for verb in main._VERBS:
+        assert import_module(f"sidecar.cli.{verb}").command.__doc__ is None

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from sidecar.client import workflow as client
 from sidecar.client.otel import SpanlockSpanProcessor
-from sidecar.client.workflow import SpanlockUnavailable, workflow
+from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from tests.stage import ready_stage, url
 
 
@@ -51,6 +51,56 @@ async def test_async() -> None:
             async with httpx.AsyncClient(proxy=held.proxy_url, verify=held.ssl_context(), trust_env=False) as agent:
                 assert (await agent.get(url(stage.search))).status_code == 200
         assert held.report is not None and held.report.reason == "closed"
+
+
+async def test_a_task_cancelled_while_it_opens_leaves_no_workflow_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with ready_stage() as stage:
+        started, gate, open_it = threading.Event(), threading.Event(), WorkflowHold.open
+
+        def slow(held: WorkflowHold) -> WorkflowHold:
+            started.set()
+            assert gate.wait(10)
+            return open_it(held)
+
+        async def work() -> None:
+            async with workflow("unwanted", socket=str(stage.agent_socket)):
+                raise AssertionError("it never begins")
+
+        monkeypatch.setattr(WorkflowHold, "open", slow)
+        task = asyncio.ensure_future(work())
+        assert await asyncio.to_thread(started.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with stage.app.registry.watch("demo") as changes:
+            gate.set()
+            async with asyncio.timeout(10):
+                seen = [await changes.get() for _ in range(3)]
+        assert [w.state.value for w in seen if w is not None][-1] == "closed"
+        assert seen[-1] is not None and (seen[-1].name, seen[-1].close_reason) == ("unwanted", "closed")
+
+
+async def test_the_socket_is_the_only_agents_in_the_run_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async with ready_stage() as stage:
+        monkeypatch.delenv("SPANLOCK_SOCKET", raising=False)
+        monkeypatch.setenv("SPANLOCK_RUN_DIR", str(stage.dir / "run"))
+        held = workflow("found")
+        async with held:
+            assert stage.app.registry.get(held.id).agent == "demo"
+        other = stage.agent_socket.parents[1] / "other" / "agent.sock"
+        other.parent.mkdir()
+        other.touch()
+        with pytest.raises(SpanlockUnavailable, match=r"several agents .*\(demo, other\); set SPANLOCK_SOCKET"):
+            workflow("x").open()
+        monkeypatch.setenv("SPANLOCK_SOCKET", str(stage.agent_socket))
+        async with workflow("named") as held:
+            assert held.id
+    monkeypatch.delenv("SPANLOCK_SOCKET")
+    monkeypatch.setenv("SPANLOCK_RUN_DIR", str(tmp_path))
+    with pytest.raises(SpanlockUnavailable, match=f"no agent's socket in {tmp_path}/agents; .*spanlock run"):
+        workflow("x").open()
 
 
 def test_no_sidecar_is_said_with_the_fix() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.address import host_and_port
 from sidecar.config.advice import warnings
 from sidecar.config.load import find_config, load, parse
 from sidecar.errors import ConfigError
@@ -52,6 +53,64 @@ def test_each_problem_names_its_key(change: tuple[str, str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(GOOD.replace(*change), "spanlock.yaml", Path())
     assert says in caught.value.detail
+
+
+def test_problems_between_sections_have_a_line_and_a_key_each() -> None:
+    text = """\
+agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}, {name: a, spiffe_id: "spiffe://td/b", uid: 6}]
+issuers: [{name: i, kind: static, secret_env: X}, {name: i, kind: static, secret_env: Y}]
+policy: {files: [p.cedar]}
+tools:
+- {name: t, url: "https://t.test", issuer: i}
+- {name: t, url: "https://u.test", issuer: i}
+- {name: v, url: "https://t.test:443", issuer: "{j}"}
+"""
+    with pytest.raises(ConfigError) as caught:
+        parse(text, "spanlock.yaml", Path())
+    assert caught.value.detail.split("\n") == [
+        "agents[1].name: a is there twice",
+        "issuers[1].name: i is there twice",
+        "tools[1].name: t is there twice",
+        "tools[2].url: t.test:443 is there twice",
+        "tools[2].issuer: {j} is not the name of an entry in issuers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("listeners: {explicit: \"127.0.0.1:abc\"}", "listeners.explicit: write host:port"),
+        ("listeners: {reverse: \"127.0.0.1:65536\"}", "listeners.reverse: write host:port"),
+        ("listeners: {reverse: \"0.0.0.0:17002\"}", "listeners.reverse: not loopback"),
+        ("listeners: {explicit: \"[::]:17001\"}", "listeners.explicit: not loopback"),
+        ("otlp: {grpc: \"tool.test:17317\"}", "otlp.grpc: not loopback"),
+        ("otlp: {http: \"0.0.0.0:17318\"}", "otlp.http: not loopback"),
+        ("otlp: {http: \"127.0.0.1:-1\"}", "otlp.http: write host:port"),
+        ("health: \"127.0.0.1\"", "health: write host:port"),
+        ("health: \":17091\"", "health: write host:port"),
+        ("health: \"::1:17091\"", "health: write host:port"),
+        ("health: \"[127.0.0.1]:17091\"", "health: write host:port"),
+        ("health: \"127.0.0.1:١\"", "health: write host:port"),
+        ("health: \"a..b:1\"", "health: write host:port"),
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_listened_on_names_its_key_and_the_fix(more: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD + more, "spanlock.yaml", Path())
+    assert caught.value.detail.startswith(says), caught.value.detail
+    assert "127.0.0.1:" in caught.value.detail and "\n" not in caught.value.detail
+
+
+def test_addresses_that_can_be_listened_on() -> None:
+    more = """\
+listeners: {explicit: "localhost:0", reverse: "[::1]:65535"}
+otlp: {grpc: "127.8.0.1:1", http: null}
+health: "[::]:17091"
+"""
+    settings = parse(GOOD + more, "x", Path())
+    assert (settings.listeners.explicit, settings.listeners.reverse) == ("localhost:0", "[::1]:65535")
+    assert (settings.otlp.grpc, settings.otlp.http, settings.health) == ("127.8.0.1:1", None, "[::]:17091")
+    assert host_and_port("[::1]:65535") == ("::1", 65535) and host_and_port("sidecar.test:0") == ("sidecar.test", 0)
 
 
 def test_a_secret_in_a_wrong_place_is_not_repeated() -> None:
@@ -106,6 +165,8 @@ policy: {files: [p.cedar]}
 tools:
 - {name: t, url: "http://t.test", issuer: i, export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
 - {name: u, url: "https://10.0.0.1.nip.io", issuer: i}
+- {name: v, url: "http://localhost:81", address: 203.0.113.7, issuer: i}
+- {name: w, url: "http://w.test", address: 127.0.0.1, issuer: i}
 """
     said = "\n".join(warnings(parse(text, "x", tmp_path)))
     for part in (
@@ -114,6 +175,7 @@ tools:
         "issuers[2].secret_env: the variable SPANLOCK_TEST_UNSET is not set", "tools[0]: t is plain http",
         "t exports its real token", f"tools[0].ca_file: {tmp_path}/ca.pem is not PEM",
         f"tools[0].introspection.secret_file: {tmp_path}/gone: No such file", "10.0.0.1.nip.io is the address 10.0.0.1",
+        "tools[2]: v is plain http",
     ):  # fmt: skip
         assert part in said, said
-    assert len(said.splitlines()) == 10
+    assert len(said.splitlines()) == 11

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from sidecar.cli.stage import Stage
 from sidecar.control.sockets import Socket
+from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 from sidecar.workflows import registry as registry_module
@@ -135,7 +137,9 @@ async def test_malformed_messages_get_a_status_and_lose_nothing() -> None:
         options = [("grpc.max_send_message_length", -1)]
         async with grpc.aio.insecure_channel(f"unix:{stage.agent_socket}", options=options) as channel:
             for method in ("Workflows/Open", "Workflows/Close", "TokenExchange/Exchange", "TokenExchange/Release"):
-                send = channel.unary_unary(f"/spanlock.v1.{method}", request_serializer=bytes)
+                send = channel.unary_unary(
+                    f"/spanlock.v1.{method}", request_serializer=bytes, response_deserializer=bytes
+                )
                 for body, code in (
                     (b"\xff\xff\xff", grpc.StatusCode.INVALID_ARGUMENT),
                     (b"\x0a\xff\xff\xff\xff\x7f", grpc.StatusCode.INVALID_ARGUMENT),
@@ -144,7 +148,10 @@ async def test_malformed_messages_get_a_status_and_lose_nothing() -> None:
                     with pytest.raises(grpc.aio.AioRpcError) as refused:
                         await send(body)
                     assert refused.value.code() is code
-            hold = channel.stream_stream("/spanlock.v1.Workflows/Hold", request_serializer=bytes)()
+            held_open: Any = channel.stream_stream(
+                "/spanlock.v1.Workflows/Hold", request_serializer=bytes, response_deserializer=bytes
+            )
+            hold = held_open()
             await hold.write(b"\xff\xff\xff")
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await hold.read()
@@ -220,3 +227,49 @@ async def test_a_socket_is_nobody_elses_even_before_it_has_its_mode(monkeypatch:
             assert stat.S_IMODE(stage.operator_socket.parent.stat().st_mode) == 0o700
     finally:
         os.umask(mask)
+
+
+def bound(path: Path) -> socket.socket:
+    """A Unix socket that somebody else made and listens on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen(1)
+    return listening
+
+
+def bare(path: Path) -> Socket:
+    return Socket(path, (), lambda _: None, None, lambda: True)
+
+
+async def test_a_dead_sidecars_socket_is_replaced_and_a_live_ones_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "operator.sock"
+    listening = bound(path)
+    inode = path.stat().st_ino
+    with pytest.raises(ConfigError, match="another sidecar answers on"):
+        await bare(path).start()
+    callers = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for caller in callers:  # until its backlog is full: it lives all the same
+        caller.setblocking(False)
+        caller.connect_ex(str(path))
+    with pytest.raises(ConfigError, match="another sidecar answers on"):
+        await bare(path).start()
+    assert path.stat().st_ino == inode and sorted(p.name for p in path.parent.iterdir()) == [path.name]
+    for dead in (listening, *callers):
+        dead.close()
+    ours = bare(path)
+    await ours.start()
+    async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+        await asyncio.wait_for(channel.channel_ready(), 10)
+    await ours.stop(0)
+    assert not list(path.parent.iterdir()), "nothing of ours is left"
+
+
+async def test_the_end_removes_no_socket_but_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "operator.sock"
+    ours = bare(path)
+    await ours.start()
+    path.unlink()
+    with bound(path):
+        await ours.stop(0)
+        assert path.is_socket()

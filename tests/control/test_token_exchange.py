@@ -28,8 +28,8 @@ async def exchanged(stage: Stage, workflow: str, tool: str = "exported", **field
 async def refused(call: Any) -> tuple[str, str]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    reason = dict(caught.value.trailing_metadata() or ())["x-spanlock-reason"]
-    return str(reason), str(caught.value.details())
+    metadata: Any = caught.value.trailing_metadata()
+    return str(dict(metadata)["x-spanlock-reason"]), str(caught.value.details())
 
 
 async def test_a_real_token_is_handed_out_where_the_tool_says_so_and_dies_with_the_workflow() -> None:

@@ -260,7 +260,7 @@ async def test_a_static_secret_is_read_anew_and_its_absence_said(source: str, mo
             (stage.dir / "rotated.secret").write_text(value + "\n")
             lease = await stage.app.broker.lease(workflow, legacy, permit)
             assert stage.app.broker.use(lease, workflow) == value.encode()
-            await stage.app.broker.withdraw(tool="legacy", reissue=True)
+            await stage.app.broker.withdraw(tool="legacy")
 
 
 async def test_a_bad_reload_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import random
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from sidecar.credentials.config import CredentialsConfig
 from sidecar.credentials.renewer import Renewer
 from sidecar.errors import AnswerLost, CallerError, Denied, IdentityError, IssuerError, Reason
 from sidecar.model.audit import LeaseRecord
-from sidecar.model.lease import Credential, IssuerOutcome, Lease, LeaseState, RevocationRecord, TokenCheck
+from sidecar.model.lease import CloseReport, Credential, IssuerOutcome, Lease, LeaseState, RevocationRecord, TokenCheck
 from sidecar.model.policy import Action, Permit, Question
 from sidecar.model.tool import Authority, Tool
 from sidecar.model.workflow import CloseReason, Workflow, WorkflowState
@@ -39,6 +40,7 @@ class World:
     """Scripted SvidSource, LeaseDecider and Exchanger in one, with the broker between them."""
 
     issuer = "i"
+    server = ""
 
     def __init__(self, **config: float) -> None:
         self.clock = FakeClock()
@@ -52,6 +54,8 @@ class World:
         """Raised after a first token was minted."""
         self.identity = True
         self.permitted = True
+        self.same_token = ""
+        """What the issuer gives each time, if it does."""
         self.life = 100.0
         self.minted: list[str] = []
         self.alive: set[str] = set()
@@ -83,11 +87,11 @@ class World:
             await self.gate.wait()
         if self.error is not None:
             raise self.error
-        token = f"token-{len(self.minted)}"
+        token = self.same_token or f"token-{len(self.minted)}"
         self.minted.append(token)
         self.alive.add(token)
         now = self.clock.now()
-        record = RevocationRecord("i", tool.name, Secret(token), now + self.life, workflow.agent)
+        record = RevocationRecord("i", tool.name, Secret(token), now + self.life, workflow.agent, minted_at=self.server)
         minted.append(record)
         if self.second_step is not None:
             raise self.second_step
@@ -104,13 +108,13 @@ class World:
 
     async def aclose(self) -> None: ...
 
-    def close(self) -> "asyncio.Task[object]":
+    def close(self) -> asyncio.Task[CloseReport]:
         self.workflow.state = WorkflowState.CLOSING
         self.workflow.close_reason = CloseReason.CLOSED
-        return self.broker.close_workflow(self.workflow)  # type: ignore[return-value]
+        return self.broker.close_workflow(self.workflow)
 
-    async def lease(self, **kwargs: object):  # type: ignore[no-untyped-def]
-        return await self.broker.lease(self.workflow, TOOL, permit(**kwargs))  # type: ignore[arg-type]
+    async def lease(self, **kwargs: Any) -> Lease:
+        return await self.broker.lease(self.workflow, TOOL, permit(**kwargs))
 
 
 async def spin() -> None:
@@ -158,9 +162,9 @@ async def test_many_callers_share_one_exchange_and_one_that_leaves_cancels_nobod
     await spin()
     callers[0].cancel()
     world.gate.set()
-    leases = await asyncio.gather(*callers, return_exceptions=True)
-    assert isinstance(leases[0], asyncio.CancelledError)
-    assert len({lease.id for lease in leases[1:]}) == 1 and len(world.minted) == 1
+    gone, *leases = await asyncio.gather(*callers, return_exceptions=True)
+    assert isinstance(gone, asyncio.CancelledError)
+    assert isinstance(leases[0], Lease) and all(lease is leases[0] for lease in leases) and len(world.minted) == 1
 
 
 async def test_other_scopes_are_another_lease() -> None:
@@ -244,7 +248,7 @@ async def test_what_a_workflow_remembers_of_its_ended_leases_is_bounded() -> Non
     world = World()
     for _ in range(1005):
         await world.lease()
-        await world.broker.withdraw(tool="t", reissue=True)
+        await world.broker.withdraw(tool="t")
     assert len((await world.close()).ends) == 1000 and not world.alive
 
 
@@ -352,7 +356,7 @@ async def test_uses_are_capped_across_leases() -> None:
     capped = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i", scopes=("a",), max_uses=2)
     lease = await world.broker.lease(world.workflow, capped, permit())
     world.broker.use(lease, world.workflow)
-    await world.broker.withdraw(tool="t", reissue=True)
+    await world.broker.withdraw(tool="t")
     lease = await world.broker.lease(world.workflow, capped, permit())
     world.broker.use(lease, world.workflow)
     with pytest.raises(CallerError) as caught:
@@ -362,7 +366,8 @@ async def test_uses_are_capped_across_leases() -> None:
 
 async def test_handles_die_with_their_lease_and_are_bound_to_caller_and_tool() -> None:
     world = World()
-    lease, handle = await world.broker.exchange(world.workflow, TOOL, permit())
+    lease = await world.lease()
+    handle = world.broker.handle(lease)
     assert world.broker.resolve_handle(handle, frozenset({"agent"}), "t") is lease
     for agents, tool in ((frozenset({"other"}), "t"), (frozenset({"agent"}), "u")):
         with pytest.raises(CallerError):
@@ -458,3 +463,112 @@ async def test_a_token_that_stays_active_after_its_revocation_is_no_recovery(
         await world.clock.advance(10.0)
     logged = capsys.readouterr().err
     assert logged.count("revocation_failed") == 1 and "recovered" not in logged
+
+
+async def test_a_renewal_that_brings_the_same_token_again_does_not_revoke_it() -> None:
+    """Some issuers cache: it is in use, and superseded by nothing."""
+    world = World()
+    world.same_token = "cached"
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    await world.clock.advance(71.0)
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert lease.epoch == 2
+    await world.clock.advance(20.0)
+    assert world.alive == {"cached"} and world.broker.use(lease, world.workflow)
+    assert [end.at_issuer for end in (await world.close()).ends] == [IssuerOutcome.CONFIRMED]
+
+
+async def test_an_exported_token_lives_until_the_time_that_was_told() -> None:
+    """A renewal would revoke under the agent's hands what it was given."""
+    world = World()
+    tool = dataclasses.replace(TOOL, export=True)
+    lease = await world.broker.lease(world.workflow, tool, permit())
+    world.broker.export(lease, world.workflow, tool)
+    told = lease.ends_at
+    renewer = Renewer(world.broker, world.clock)
+    while world.clock.now() < told - 3:
+        await world.clock.advance(1.0)
+        renewer.tick()
+        assert world.alive == {"token-0"}
+    await world.clock.advance(3.0)
+    renewer.tick()
+    await spin()
+    assert not world.alive and lease.state is LeaseState.GONE
+
+
+async def test_a_token_that_our_clock_calls_expired_is_revoked_all_the_same() -> None:
+    """The clock that is wrong may be ours."""
+    world = World()
+    lease = await world.lease()
+    world.clock.jump_wall(1000.0)
+    with pytest.raises(CallerError):
+        world.broker.use(lease, world.workflow)
+    again = await world.lease()
+    assert again is not lease and world.broker.use(again, world.workflow), "a jump costs one call, not the workflow"
+    report = await world.close()
+    assert [str(end.at_issuer) for end in report.ends] == ["confirmed", "confirmed"] and not world.alive
+
+
+async def test_what_may_still_be_minted_at_the_deadline_has_a_residual_life() -> None:
+    world = World(revoke_deadline=5.0)
+    world.gate = asyncio.Event()
+    waiting = asyncio.ensure_future(world.lease())
+    await spin()
+    closing = world.close()
+    await world.clock.advance(5.0, sleepers=1)
+    (end,) = (await closing).ends
+    assert end.at_issuer is IssuerOutcome.FAILED and end.residual_seconds == TOOL.max_ttl
+    draining = asyncio.ensure_future(world.broker.drain(1.0))
+    await world.clock.advance(1.0, sleepers=1)
+    left = await draining
+    assert [(e.lease, str(e.at_issuer)) for e in left] == [(end.lease, "failed")], "and the shutdown names it"
+    assert world.events[-1].event == "revoked" and world.events[-1].outcome == "failed"
+    world.gate.set()
+    with pytest.raises(CallerError):
+        await waiting
+    await spin()
+    assert not world.alive and not await world.broker.drain(1.0)
+
+
+async def test_one_agents_leases_leave_room_for_others() -> None:
+    world = World(max_leases_per_agent=2)
+    await world.lease(scopes=("a",))
+    await world.lease(scopes=("a", "b"))
+    with pytest.raises(CallerError) as caught:
+        await world.lease(scopes=("b",))
+    assert caught.value.reason is Reason.TOO_MANY_LEASES
+    other = Workflow("wf_2", "another", "w", Secret("h"), 0.0, INF, INF)
+    assert await world.broker.lease(other, TOOL, permit())
+    await world.broker.withdraw(agent="agent")
+    assert await world.lease(scopes=("b",)), "what has ended counts no more"
+
+
+async def test_a_withdrawal_without_reissue_bars_the_workflows_that_had_no_lease_yet() -> None:
+    world = World()
+    for tool, refused in (("t", True), (None, True), ("other", False)):
+        world.workflow = Workflow(f"wf_{tool}", "agent", "w", Secret("h"), 0.0, INF, INF)
+        await world.broker.withdraw(tool=tool, bar=[world.workflow])
+        if refused:
+            with pytest.raises(CallerError) as caught:
+                await world.lease()
+            assert caught.value.reason is Reason.LEASE_GONE
+        else:
+            assert await world.lease()
+
+
+async def test_a_record_is_shown_to_the_server_that_minted_it_alone() -> None:
+    """A reload may give an issuer's name to another server: a token of the first is none of its business."""
+    world, second = World(), World()
+    world.server, second.server = "https://first.test", "https://second.test"
+    record = RevocationRecord("i", "t", Secret("token"), world.clock.now() + 60, "agent", minted_at=world.server)
+    world.alive.add("token")
+    world.broker.replace({"i": second})
+    assert await world.broker.revoker.end(record, TOOL) is IssuerOutcome.CONFIRMED
+    assert not world.alive
+    mended = World()
+    mended.server = "https://first.test"
+    mended.alive.add("token")
+    world.broker.replace({"i": mended})
+    assert await world.broker.revoker.end(record, TOOL) is IssuerOutcome.CONFIRMED and not mended.alive

@@ -1,5 +1,7 @@
 """Default deny, any error denies, most restrictive obligations win, and the memo is exact."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from sidecar.policy.decider import Decider
 from sidecar.policy.load import parse_policy
 
 TOOL = Tool(name="t", scheme="https", authority=Authority("t.test", 443), issuer="i", scopes=("a", "b", "c"))
+CALL = 'principal, action == Spanlock::Action::"http.request", resource'
 AGENTS = {"x": Agent("x", "spiffe://td/x"), "y": Agent("y", "spiffe://td/y")}
 
 
@@ -34,6 +37,18 @@ def test_the_most_restrictive_obligations_win() -> None:
     assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q"))
 
 
+def test_scopes_of_policy_hold_for_a_tool_that_has_none_configured() -> None:
+    """Without them the issuer would give its own default, which is more than policy said."""
+    bare = dataclasses.replace(TOOL, scopes=())
+    one = '@scopes("a b") permit(principal, action, resource);'
+    assert decider(one).decide_request("x", "w", bare, "GET", "/").scopes == ("a", "b")
+    two = one + '@scopes("b c") permit(principal, action, resource);'
+    assert decider(two).decide_request("x", "w", bare, "GET", "/").scopes == ("b",)
+    with pytest.raises(Denied):
+        decider(one + '@scopes("c") permit(principal, action, resource);').decide_request("x", "w", bare, "GET", "/")
+    assert decider("permit(principal, action, resource);").decide_request("x", "w", bare, "GET", "/").scopes == ()
+
+
 def test_no_scope_in_common_denies() -> None:
     with pytest.raises(Denied):
         decider(
@@ -55,7 +70,8 @@ def test_a_policy_that_errs_beside_a_permit_denies() -> None:
 @pytest.mark.parametrize(
     "text",
     ['@tll("1") permit(principal, action, resource);', '@ttl("-1") permit(principal, action, resource);',
-     '@ttl("x") permit(principal, action, resource);', '@scopes("") permit(principal, action, resource);',
+     '@ttl("x") permit(principal, action, resource);', '@scopes("a b\u00e9") permit(principal, action, resource);',
+     '@scopes("a\tb") permit(principal, action, resource);', '@scopes("") permit(principal, action, resource);',
      '@approval("required") permit(principal, action, resource);', '@ttl("1") forbid(principal, action, resource);',
      "permit(principal, action, resource) when { context.nonsense };", 'permit(principal == Foo::"x", action, resource);', "nonsense"],
 )  # fmt: skip
@@ -63,6 +79,37 @@ def test_bad_policies_are_refused_with_a_reason(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_policy(text, "test")
     assert caught.value.reason is Reason.POLICY_INVALID
+
+
+@pytest.mark.parametrize(
+    ("path", "permitted"),
+    [("/v1/a", True), ("/v1/a;x=1", True), ("/v1/a;x=1/b;y", True), ("/v1/a;admin", False), ("/admin", False), ("/admin;x", False),
+     ("/v1;x/admin", False), ("/v1/admin", False), ("/v1/admin;x", False), ("/v1/admin;x=/y", False), ("/v2;/v1/a", False)],
+)  # fmt: skip
+def test_d7_a_path_with_parameters_is_asked_about_with_and_without_them(path: str, permitted: bool) -> None:
+    """Some tools cut `;…` off each segment and others do not: what either would serve must be permitted."""
+    chosen = decider(
+        f'permit({CALL}) when {{ context.path like "/v1*" }};'
+        f'forbid({CALL}) when {{ context.path like "/v1/admin*" }};'
+        f'forbid({CALL}) when {{ context.path like "*;admin*" }};'
+    )
+    for _ in range(2):  # the second from the memo
+        if permitted:
+            chosen.decide_request("x", "w", TOOL, "GET", path)
+        else:
+            with pytest.raises(Denied) as caught:
+                chosen.decide_request("x", "w", TOOL, "GET", path)
+            assert caught.value.reason is Reason.POLICY_DENIED
+
+
+def test_d7_the_obligations_of_both_readings_count() -> None:
+    chosen = decider(
+        f'@id("p") @ttl("300") @scopes("a b") permit({CALL}) when {{ context.path like "*;*" }};'
+        f'@id("q") @ttl("60") @scopes("b c") permit({CALL}) when {{ context.path == "/v1" }};'
+        '@id("r") permit(principal, action, resource);'
+    )
+    permit = chosen.decide_request("x", "w", TOOL, "GET", "/v1;x")
+    assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q", "r"))
 
 
 RULES = (
@@ -91,6 +138,15 @@ def test_the_memo_answers_what_a_fresh_decision_answers(agent: str, workflow: st
     assert first == again == ask(decider(RULES))
 
 
+def test_a_remembered_no_holds_no_frame() -> None:
+    """Its traceback would hold what the first call was about, in a cycle, for as long as the answer is remembered."""
+    chosen = decider("forbid(principal, action, resource);")
+    with pytest.raises(Denied):
+        chosen.decide_request("x", "w", TOOL, "GET", "/")
+    (answer,) = chosen._memo.values()
+    assert isinstance(answer, Denied) and answer.__traceback__ is None and answer.__context__ is None
+
+
 def test_a_reload_cuts_the_memo() -> None:
     chosen = decider("permit(principal, action, resource);")
     before = chosen.decide_request("x", "w", TOOL, "GET", "/")
@@ -100,3 +156,16 @@ def test_a_reload_cuts_the_memo() -> None:
     with pytest.raises(Denied):
         chosen.decide_request("x", "w", TOOL, "GET", "/")
     assert chosen.epoch > before.epoch
+
+
+@pytest.mark.parametrize("path", ["/users/a%40b", "/users%3Aadmin", "/%40admin"])
+def test_an_escaped_delimiter_passes_no_rule_on_the_plain_one(path: str) -> None:
+    """Many clients escape them in a segment, and many servers read them as plain: policy must permit both."""
+    rule = (
+        "permit(principal, action, resource);"
+        'forbid(principal, action == Spanlock::Action::"http.request", resource) when {'
+        ' context.path == "/users/a@b" || context.path == "/users:admin" || context.path like "/@admin*" };'
+    )
+    with pytest.raises(Denied):
+        decider(rule).decide_request("x", "w", TOOL, "GET", path)
+    assert decider(rule).decide_request("x", "w", TOOL, "GET", "/users/c%40d")

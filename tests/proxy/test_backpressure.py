@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -151,7 +153,7 @@ async def test_an_agent_that_has_not_read_the_last_answer_holds_the_next_one_up(
         async with asyncio.timeout(5):
             while connection.flow is not None:
                 await asyncio.sleep(0)
-        connection.pause_writing()
+        monkeypatch.setattr(Connection, "reply", full_at(Connection.reply))
         monkeypatch.setattr(Connection, "pause_writing", lambda _: None)
         writer.write(f"GET {rest}\r\n".encode())
         await carrying(stage, tool_is_held)
@@ -162,16 +164,27 @@ async def test_an_agent_that_has_not_read_the_last_answer_holds_the_next_one_up(
             rest_of_it += len(await asyncio.wait_for(reader.read(1 << 16), 10))
 
 
-async def test_a_tools_connection_that_was_held_up_at_its_answers_end_serves_the_next_call() -> None:
-    async with streaming() as (stage, _, reader, writer, rest):
-        for number in range(4):
+def full_at(reply: Any, last: bool = False) -> Any:
+    """`Connection.reply` while the agent has not taken the answer before; `last`: it has, right after this one."""
+
+    def replying(self: Connection, *arguments: Any) -> None:
+        self.choked = True
+        reply(self, *arguments)
+        self.choked = not last
+
+    return replying
+
+
+async def test_a_tools_connection_that_was_held_up_at_its_answers_end_serves_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Connection, "reply", full_at(Connection.reply, last=True))
+    async with streaming() as (_, _, reader, writer, rest):
+        for _ in range(4):
             writer.write(f"GET {rest.replace('/raw/', '/search/')}\r\n".encode())
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
             length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
             await asyncio.wait_for(reader.readexactly(length), 10)
-            if number == 1:
-                (connection,) = stage.app.listeners.connections
-                connection.pause_writing()
 
 
 class Unread:
@@ -179,6 +192,12 @@ class Unread:
 
     left = 5
     closed = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def get_extra_info(self, _: str) -> socket.socket:
+        return self._sock
 
     def get_write_buffer_size(self) -> int:
         return self.left
@@ -193,9 +212,97 @@ class Unread:
 @pytest.mark.parametrize(("left", "reused"), [(5, False), (0, True)])
 def test_d5_a_connection_whose_request_has_not_been_taken_whole_carries_no_other(left: int, reused: bool) -> None:
     tool = Tool(name="t", scheme="http", authority=Authority("127.0.0.1", 9), issuer="i")
-    upstream, transport = Upstream(Outbox(), "wf", tool, "127.0.0.1"), Unread()
+    with socket.socket() as sock:
+        _reused_or_closed(Upstream(Outbox(), "wf", tool, "127.0.0.1"), Unread(sock), left, reused)
+
+
+def _reused_or_closed(upstream: Upstream, transport: Unread, left: int, reused: bool) -> None:
     transport.left = left
     upstream.transport = transport  # type: ignore[assignment]
     upstream.response = parse_response(b"HTTP/1.1 200 OK\r\nContent-Length: 0", b"POST", Fields(withheld))
     upstream.complete = True
     assert upstream.release() is reused and transport.closed is not reused
+
+
+class Answering:
+    """A tool whose every answer has `size` bytes and comes whole."""
+
+    def __init__(self, size: int) -> None:
+        self.requests = 0
+        self._answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size)
+
+    async def __aenter__(self) -> "Answering":
+        self._server = await asyncio.start_server(self._talk, "127.0.0.1", 0)
+        self.port = int(self._server.sockets[0].getsockname()[1])
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.readuntil(b"\r\n\r\n"):
+                self.requests += 1
+                writer.write(self._answer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            writer.close()
+
+
+async def whole_answer(reader: asyncio.StreamReader) -> bytes:
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    await asyncio.wait_for(reader.readexactly(length), 10)
+    return head.split(b"\r\n")[0]
+
+
+async def test_an_agent_that_does_not_read_gets_no_more_answers_made() -> None:
+    """Pipelined requests whose answers come whole: each would fill our memory, and none would hold the next one up."""
+    many = 400
+    async with Answering(60_000) as tool, ready_stage(more=TOOL.format(port=tool.port), policy_for=("raw",)) as stage:
+        handle = (await opened(stage)).handle
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 16
+        )
+        writer.write(f"GET /raw/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\n\r\n".encode() * many)
+        (connection,) = await until(lambda: [c for c in stage.app.listeners.connections if c.choked])
+        served = tool.requests
+        for _ in range(200):
+            await asyncio.sleep(0)
+        assert tool.requests <= served + 1 < many and waiting(connection) < HERE
+        for _ in range(many):
+            assert await whole_answer(reader) == b"HTTP/1.1 200 OK"
+        writer.close()
+
+
+@pytest.mark.parametrize("path", ["/raw/x", "/nowhere/x"], ids=["served", "refused"])
+async def test_requests_that_are_sent_ahead_are_held_back_and_none_is_lost(path: str) -> None:
+    async with Answering(9) as tool, ready_stage(more=TOOL.format(port=tool.port), policy_for=("raw",)) as stage:
+        handle = (await opened(stage)).handle
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port_of(stage.app.addresses["reverse"]), limit=1 << 20
+        )
+        filler = "f" * 2000
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nx: {filler}\r\n\r\n".encode()
+        )
+        many, most = 2000, 0
+
+        async def send() -> None:
+            for _ in range(many):
+                writer.write(request)
+                await writer.drain()
+
+        sending = asyncio.ensure_future(send())
+        for _ in range(many):
+            await whole_answer(reader)
+            most = max(most, *(len(connection._buffer) for connection in stage.app.listeners.connections))
+        await sending
+        assert 0 < most <= HERE
+        writer.close()
+
+
+async def until(found: Callable[[], Any]) -> Any:
+    async with asyncio.timeout(20):
+        while not (what := found()):
+            await asyncio.sleep(0.01)
+    return what

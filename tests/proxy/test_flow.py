@@ -2,14 +2,11 @@
 
 import asyncio
 import contextlib
-import random
-import time
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
 
-from sidecar.app import World
 from sidecar.cli.stage import Stage
 from sidecar.errors import CallerError, Reason
 from sidecar.identity.callers import Callers
@@ -18,8 +15,7 @@ from sidecar.model.caller import Agent, Caller
 from sidecar.model.workflow import CloseReason
 from sidecar.proxy.flow import Flow
 from sidecar.proxy.upstream import Upstream
-from tests.fakes.clock import FakeClock
-from tests.stage import closed, opened, port_of, ready_stage, reason_of
+from tests.stage import call, closed, opened, port_of, ready_stage, reason_of, timed_stage
 
 
 class Interrupted:
@@ -67,19 +63,6 @@ class Watched:
         patch.setattr(Upstream, "connection_made", connection_made)
 
 
-async def call(stage: Stage, handle: str, body: bytes = b"") -> bytes:
-    """One request on a connection of its own; whatever comes back."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]))
-    head = f"PUT /search/v1/items HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    try:
-        return await asyncio.wait_for(reader.read(), 10)
-    except ConnectionError:
-        return b""
-    finally:
-        writer.close()
-
-
 @pytest.mark.parametrize("how", ["cut", "gone", "cancelled"])
 async def test_broken_off_at_every_suspension_nothing_leaks(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with ready_stage() as stage:
@@ -92,11 +75,11 @@ async def test_broken_off_at_every_suspension_nothing_leaks(how: str, monkeypatc
 
                 def broken(flow: Flow, inner: Any, number: int = number, made: list[Any] = interrupted) -> None:
                     made.append(Interrupted(flow, inner, number, how))
-                    start(flow, made[-1])  # type: ignore[arg-type]
+                    start(flow, made[-1])
 
                 patch.setattr(Flow, "start", broken)
                 workflow = await opened(stage)  # a new one each time: dial and exchange are on the way
-                answer = await call(stage, workflow.handle, b"body")
+                answer = await call(stage, workflow.handle, method="PUT", body=b"body")
                 noun = stage.app.registry.get(workflow.workflow.id)
                 async with asyncio.timeout(10):
                     while noun.flows or not watched.records:
@@ -136,8 +119,8 @@ async def test_a_cut_from_inside_its_own_stack(monkeypatch: pytest.MonkeyPatch) 
             watched = Watched(stage, patch)
             use = stage.app.broker.use
 
-            def cutting(lease: Any, noun: Any) -> bytes:
-                header = use(lease, noun)
+            def cutting(lease: Any, noun: Any, counted: bool = False) -> bytes:
+                header = use(lease, noun, counted)
                 for flow in list(noun.flows):
                     flow.cut()
                 return header
@@ -243,20 +226,15 @@ class Timed:
     """A stage whose clock is turned by hand, with a silent tool."""
 
     async def __aenter__(self) -> "Timed":
-        self.clock = FakeClock(now=time.time())  # certificates and tokens of the servers are real
         self.tool = SilentTool()
         port = await self.tool.start()
-        around = World(self.clock, random.Random(1))
-        self._stage = ready_stage(more=SILENT.format(port=port), policy_for=("silent",), around=around)
-        self.stage = await self._stage.__aenter__()
+        self._stage = timed_stage(more=SILENT.format(port=port), policy_for=("silent",))
+        self.stage, self.clock = await self._stage.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self.tool._server.close()
-        stopping = asyncio.ensure_future(self._stage.__aexit__(None, None, None))
-        while not stopping.done():
-            await self.clock.advance(1)
-        await stopping
+        await self._stage.__aexit__(None, None, None)
 
     async def connect(self, request: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", port_of(self.stage.app.addresses["reverse"]))

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sidecar.errors import CallerError, Reason, UpstreamError
+from sidecar.errors import EXPLANATIONS, CallerError, Reason, UpstreamError
 from sidecar.proxy import http1
 from sidecar.proxy.framing import LAST_CHUNK, Framing, chunk
-from sidecar.proxy.http1 import MAX_FIELDS, Fields, RequestHead, ResponseHead
+from sidecar.proxy.http1 import MAX_FIELDS, MAX_HEAD, Fields, RequestHead, ResponseHead
 from sidecar.proxy.inject import stripped
 from sidecar.proxy.upstream import withheld
 
@@ -64,7 +64,6 @@ D1_HEADS = {
     "two_authorization_handles": b"GET / HTTP/1.1\r\n"
     + HOST
     + b"Proxy-Authorization: a\r\nProxy-Authorization: b\r\n\r\n",
-    "many_fields": b"GET / HTTP/1.1\r\n" + HOST + b"X: y\r\n" * (MAX_FIELDS + 5) + b"\r\n",
 }
 
 
@@ -73,6 +72,17 @@ def test_d1_malformed_heads_are_refused(name: str) -> None:
     with pytest.raises(CallerError) as caught:
         parse_request(D1_HEADS[name])
     assert caught.value.reason is Reason.MALFORMED_REQUEST
+
+
+def test_more_fields_than_the_limit_are_too_large() -> None:
+    def with_fields(count: int) -> bytes:
+        return b"GET / HTTP/1.1\r\n" + HOST + b"X: y\r\n" * (count - 1) + b"\r\n"
+
+    assert parse_request(with_fields(MAX_FIELDS)).method == b"GET"
+    with pytest.raises(CallerError) as caught:
+        parse_request(with_fields(MAX_FIELDS + 1))
+    assert caught.value.reason is Reason.REQUEST_TOO_LARGE
+    assert f"{MAX_HEAD // 1024} KiB, {MAX_FIELDS} fields" in EXPLANATIONS[Reason.REQUEST_TOO_LARGE].fix
 
 
 def test_pythons_own_connect_is_read() -> None:
@@ -89,7 +99,7 @@ def test_a_plain_head_is_read() -> None:
     assert (head.method, head.target, head.host) == (b"POST", b"/a?b=c", b"tool.test")
     assert head.framing.kind == "sized" and head.framing.remaining == 5
     assert head.expects_continue and head.keep_alive
-    assert (b"x-y", b"z", b"x-y: z\r\n") in head.headers
+    assert (b"x-y", b"z", b"x-y: z\r\n", b"x-y") in head.headers
 
 
 @pytest.mark.parametrize(
@@ -237,7 +247,7 @@ def test_what_is_accepted_means_the_same_to_llhttp(head: bytes) -> None:
         return
     theirs = Llhttp(head + b"\r\n\r\n")
     assert (theirs.url, theirs.parser.get_method()) == (ours.target, ours.method)
-    assert theirs.headers == [(name, value) for name, value, _ in ours.headers]
+    assert theirs.headers == [(name, value) for name, value, _, _ in ours.headers]
 
 
 def test_a_line_seen_before_is_read_the_same() -> None:
@@ -248,6 +258,23 @@ def test_a_line_seen_before_is_read_the_same() -> None:
     many = b"GET / HTTP/1.1\r\nHost: tool.test\r\n" + b"\r\n".join(b"X-%d: y" % i for i in range(100))
     assert len(http1.parse_request(many, reader).headers) == 101
     assert len(reader._known) <= 64, "what a connection remembers is bounded"
+
+
+@pytest.mark.parametrize("lines", [13_000, MAX_FIELDS + 1])
+def test_a_head_of_too_many_lines_is_refused_before_they_are_read(lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(self: Fields, lines: list[bytes]) -> None:
+        raise AssertionError(f"{len(lines)} lines were read")
+
+    fields = b"\r\n".join(b"%x:" % number for number in range(lines))
+    good = b"\r\n".join(b"%x:" % number for number in range(MAX_FIELDS - 1))
+    assert len(http1.parse_request(b"GET / HTTP/1.1\r\n" + HOST + good, Fields(stripped)).headers) == MAX_FIELDS
+    assert len(http1.parse_response(b"HTTP/1.1 200 OK\r\n" + good, b"GET", Fields(withheld)).headers) == MAX_FIELDS - 1
+    monkeypatch.setattr(Fields, "read", read)
+    with pytest.raises(CallerError) as refused:
+        http1.parse_request(b"GET / HTTP/1.1\r\n" + fields, Fields(stripped))
+    assert refused.value.reason is Reason.REQUEST_TOO_LARGE and str(MAX_FIELDS) in refused.value.detail
+    with pytest.raises(UpstreamError, match="more than 128 header fields"):
+        http1.parse_response(b"HTTP/1.1 200 OK\r\n" + fields, b"GET", Fields(withheld))
 
 
 @pytest.mark.parametrize("prefix", [b"GET / HTTP/1.1\r\nX:", b"GET ", b"GET / HTTP/1.1\r\n"])

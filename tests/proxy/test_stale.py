@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 from sidecar.cli.stage import Stage
 from sidecar.credentials.broker import Broker
 from sidecar.model.lease import Lease
-from tests.stage import opened, port_of, ready_stage, reason_of
+from tests.stage import call, opened, ready_stage, reason_of
 
 TOOL = """\
 - {{{{name: plain, url: "http://127.0.0.1:{port}", issuer: demo-issuer, audience: tool-search, scopes: ["search:read"], allow_networks: [127.0.0.0/8]}}}}
 """
+
+plain = functools.partial(call, path="/plain/x")
 
 
 class Dropping:
@@ -68,23 +71,12 @@ async def dropping() -> AsyncIterator[tuple[Stage, Dropping]]:
         tool.stop()
 
 
-async def call(stage: Stage, handle: str, method: str = "GET", body: bytes = b"") -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]))
-    head = f"{method} /plain/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n"
-    length = f"Content-Length: {len(body)}\r\n" if body else ""
-    writer.write(f"{head}{length}\r\n".encode() + body)
-    try:
-        return await asyncio.wait_for(reader.read(), 10)
-    finally:
-        writer.close()
-
-
 async def test_a_stale_connection_is_tried_once_more_on_a_new_one() -> None:
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["answer", "drop", "answer"]
-        assert b"200 OK" in await call(stage, workflow.handle)
-        assert b"200 OK" in await call(stage, workflow.handle)
+        assert b"200 OK" in await plain(stage, workflow.handle)
+        assert b"200 OK" in await plain(stage, workflow.handle)
         assert tool.requests == [(0, "get"), (0, "get"), (1, "get")]
 
 
@@ -92,8 +84,8 @@ async def test_once_more_means_once() -> None:
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["answer", "drop", "drop"]
-        await call(stage, workflow.handle)
-        assert reason_of(await call(stage, workflow.handle)) == "upstream_closed"
+        await plain(stage, workflow.handle)
+        assert reason_of(await plain(stage, workflow.handle)) == "upstream_closed"
         assert len(tool.requests) == 3 and not tool.plan
 
 
@@ -103,8 +95,8 @@ async def test_what_may_have_been_done_is_not_done_twice(method: str, body: byte
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["answer", "drop"]
-        await call(stage, workflow.handle)
-        answer = await call(stage, workflow.handle, method, body)
+        await plain(stage, workflow.handle)
+        answer = await plain(stage, workflow.handle, method=method, body=body)
         assert answer.startswith(b"HTTP/1.1 502") and reason_of(answer) == "upstream_closed"
         assert tool.requests == [(0, "get"), (0, method.lower())]
 
@@ -113,8 +105,8 @@ async def test_an_answer_that_began_is_not_asked_for_again() -> None:
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["answer", "half"]
-        await call(stage, workflow.handle)
-        assert reason_of(await call(stage, workflow.handle)) == "upstream_closed"
+        await plain(stage, workflow.handle)
+        assert reason_of(await plain(stage, workflow.handle)) == "upstream_closed"
         assert len(tool.requests) == 2
 
 
@@ -122,7 +114,7 @@ async def test_a_new_connection_that_breaks_is_no_stale_one() -> None:
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["drop"]
-        assert reason_of(await call(stage, workflow.handle)) == "upstream_closed"
+        assert reason_of(await plain(stage, workflow.handle)) == "upstream_closed"
         assert tool.requests == [(0, "get")]
 
 
@@ -134,7 +126,7 @@ async def test_a_connection_that_goes_stale_while_the_credential_is_fetched_cost
     async with dropping() as (stage, tool):
         workflow = await opened(stage)
         tool.plan = ["answer", "answer"]
-        await call(stage, workflow.handle)
+        await plain(stage, workflow.handle)
         (pooled,) = stage.app.plane.pool._idle[workflow.workflow.id]["plain"]
         lease = Broker.lease
 
@@ -150,5 +142,5 @@ async def test_a_connection_that_goes_stale_while_the_credential_is_fetched_cost
 
         monkeypatch.setattr(Broker, "active", lambda *_: None)  # as when another path needs other scopes
         monkeypatch.setattr(Broker, "lease", slow)
-        assert b"200 OK" in await call(stage, workflow.handle, method, body)
+        assert b"200 OK" in await plain(stage, workflow.handle, method=method, body=body)
         assert tool.requests == [(0, "get"), (1, method.lower())]

@@ -1,18 +1,21 @@
 """Tools that misbehave, in plain bytes: each way to break HTTP has its reason, and the agent gets no half-truth."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from sidecar.cli.stage import Stage
-from tests.stage import opened, port_of, ready_stage, reason_of
+from tests.stage import call, opened, ready_stage, reason_of
 
 TOOL = """\
 - {{{{name: raw, url: "http://127.0.0.1:{port}", issuer: demo-issuer, audience: tool-search, scopes: ["search:read"], methods: [GET, POST], allow_networks: [127.0.0.0/8]}}}}
 """
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+ask = functools.partial(call, path="/raw/x")
 
 
 class RawTool:
@@ -54,19 +57,6 @@ async def raw_tool() -> AsyncIterator[tuple[Stage, RawTool, str]]:
         tool.server.close()
 
 
-async def call(stage: Stage, handle: str, method: str = "GET") -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]))
-    writer.write(
-        f"{method} /raw/x HTTP/1.1\r\nHost: 127.0.0.1\r\nx-spanlock-workflow: {handle}\r\nConnection: close\r\n\r\n".encode()
-    )
-    try:
-        return await asyncio.wait_for(reader.read(), 10)
-    except ConnectionError:
-        return b""
-    finally:
-        writer.close()
-
-
 BROKEN = {
     "no_http": [b"SSH-2.0-OpenSSH_9.2\r\n\r\n"],
     "switches_protocols": [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n"],
@@ -81,10 +71,10 @@ BROKEN = {
 async def test_a_broken_head_is_502_with_its_reason(name: str) -> None:
     async with raw_tool() as (stage, tool, handle):
         tool.says = BROKEN[name]
-        answer = await call(stage, handle)
+        answer = await ask(stage, handle)
         assert answer.startswith(b"HTTP/1.1 502") and reason_of(answer) == "upstream_malformed", answer
         tool.says = [OK]
-        assert (await call(stage, handle)).endswith(b"\r\n\r\nok"), "and the next call is served"
+        assert (await ask(stage, handle)).endswith(b"\r\n\r\nok"), "and the next call is served"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +84,7 @@ async def test_a_broken_body_ends_the_answer_unfinished(pieces: list[bytes]) -> 
     """The head has gone out, so the only honest word left is an end without the last chunk."""
     async with raw_tool() as (stage, tool, handle):
         tool.says = [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n", *pieces]
-        answer = await call(stage, handle)
+        answer = await ask(stage, handle)
         assert b"0\r\n\r\n" not in answer
         async with asyncio.timeout(5):
             while not stage.app.plane.denials:
@@ -105,7 +95,7 @@ async def test_a_broken_body_ends_the_answer_unfinished(pieces: list[bytes]) -> 
 async def test_interim_answers_stay_here_and_the_final_one_is_passed_on() -> None:
     async with raw_tool() as (stage, tool, handle):
         tool.says = [b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", OK]
-        answer = await call(stage, handle)
+        answer = await ask(stage, handle)
         assert answer.startswith(b"HTTP/1.1 200 OK") and b"link" not in answer and answer.endswith(b"ok")
 
 
@@ -113,7 +103,7 @@ async def test_an_answer_without_a_length_ends_with_its_connection() -> None:
     async with raw_tool() as (stage, tool, handle):
         tool.closes = True
         tool.says = [b"HTTP/1.0 200 OK\r\n\r\n", b"to the ", b"end"]
-        answer = await call(stage, handle)
+        answer = await ask(stage, handle)
         assert b"transfer-encoding: chunked" in answer and answer.endswith(b"0\r\n\r\n")
         assert b"to the " in answer and b"end" in answer
 
@@ -123,13 +113,13 @@ async def test_a_connection_that_says_more_than_it_was_asked_is_used_no_more() -
     async with raw_tool() as (stage, tool, handle):
         for says in ([OK + b"HTTP/1.1 200 OK\r\n"], [OK, b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"]):
             tool.says = says
-            assert (await call(stage, handle)).endswith(b"\r\n\r\nok")
+            assert (await ask(stage, handle)).endswith(b"\r\n\r\nok")
             tool.says = [OK]
-            assert (await call(stage, handle)).endswith(b"\r\n\r\nok"), "never an answer to another question"
+            assert (await ask(stage, handle)).endswith(b"\r\n\r\nok"), "never an answer to another question"
 
 
 async def test_d7_a_method_that_the_tool_does_not_take_is_refused_here() -> None:
     async with raw_tool() as (stage, tool, handle):
         for method in ("DELETE", "TRACE", "PUT"):
-            assert reason_of(await call(stage, handle, method)) == "method_refused"
+            assert reason_of(await ask(stage, handle, method=method)) == "method_refused"
         assert not tool.requests

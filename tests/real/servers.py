@@ -185,7 +185,7 @@ class Keycloak:
         assert self.process.poll() is None, (self.home / "log").read_text()[-3000:]
         try:
             with urllib.request.urlopen(f"{self.issuer}/.well-known/openid-configuration", timeout=2) as answer:
-                return answer.status == 200
+                return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from sidecar.model.workflow import CloseReason
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from tests.real.conftest import RealStage
+from tests.real.servers import part
 from tests.real.steps import confirmed, settled, used
 from tests.stage import closed, opened, stub, url
 
@@ -84,7 +85,7 @@ async def test_the_agent_itself_cannot_fetch_the_identity(stage: RealStage) -> N
     if os.getuid() != 0:
         pytest.fail("this test needs root, to become another uid")
     shared = stage.dir / "spire-agent"
-    shutil.copy(str(stage.spire.agent.args[0]), shared)
+    shutil.copy(part("bin/spire-agent"), shared)
     for path in (
         *reversed(stage.dir.parents),
         stage.dir,

@@ -1,10 +1,21 @@
 """The sidecar's own spans at a real OTLP receiver: children of a sampled parent, none of any other, and no secret in them."""
 
 import asyncio
+import json
+import random
+import time
+from typing import Any
 
+import pytest
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from sidecar.app import World
+from sidecar.model.audit import FlowRecord
+from sidecar.telemetry import tracing
+from sidecar.telemetry.logging import configure
+from sidecar.telemetry.tracing import Tracer
+from tests.fakes.clock import FakeClock
 from tests.stage import client, opened, ready_stage, url
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -16,6 +27,7 @@ class Collector:
     def __init__(self) -> None:
         self.bodies: list[bytes] = []
         self.came = asyncio.Event()
+        self.status = 200
 
     async def start(self) -> int:
         app = web.Application()
@@ -28,7 +40,7 @@ class Collector:
     async def _take(self, request: web.Request) -> web.Response:
         self.bodies.append(await request.read())
         self.came.set()
-        return web.Response(body=b"", content_type="application/x-protobuf")
+        return web.Response(status=self.status, body=b"", content_type="application/x-protobuf")
 
     async def stop(self) -> None:
         await self._runner.cleanup()
@@ -50,7 +62,9 @@ async def test_a_sampled_parent_gets_a_child_and_another_none() -> None:
             for flags in ("00", "01"):
                 headers = {"traceparent": f"00-{TRACE}-{PARENT}-{flags}"}
                 assert (await agent.get(url(stage.search, "/v1/items?q=secret"), headers=headers)).status_code == 200
-            assert (await agent.get(url(stage.search), headers={"traceparent": "nonsense-1"})).status_code == 200
+            for not_sampled in ("nonsense-1", f"cc-{TRACE}-{PARENT}-00-1", f"00-{TRACE.upper()}-{PARENT}-01"):
+                answer = await agent.get(url(stage.search), headers={"traceparent": not_sampled})
+                assert answer.status_code == 200
             assert (await agent.get(url(stage.search))).status_code == 200
         await asyncio.wait_for(collector.came.wait(), 10)
         token = stage.search.authorized[-1].removeprefix("Bearer ").encode()
@@ -62,11 +76,59 @@ async def test_a_sampled_parent_gets_a_child_and_another_none() -> None:
     assert token not in everything and workflow.handle.encode() not in everything and b"q=secret" not in everything
 
 
-async def test_a_collector_that_is_down_costs_spans_and_nothing_else() -> None:
+async def test_a_collector_that_is_down_costs_spans_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure("info", "json")
+    send, attempts = tracing._send, []
+
+    async def noted(*arguments: Any) -> str:
+        attempts.append(await send(*arguments))
+        return attempts[-1]
+
+    monkeypatch.setattr(tracing, "_send", noted)
+    clock = FakeClock(time.time())  # the identities are of now
     more = 'telemetry: {{otlp_endpoint: "http://127.0.0.1:1"}}\n'
-    async with ready_stage(more=more) as stage:
+    async with ready_stage(more=more, around=World(clock, random.Random(1))) as stage:
         workflow = await opened(stage, listener=True)
         async with client(stage, workflow.proxy_url) as agent:
-            for _ in range(5):
+            for number in range(1, 4):
                 answer = await agent.get(url(stage.search), headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
                 assert answer.status_code == 200
+                async with asyncio.timeout(10):
+                    while not stage.app.tracer._queue:
+                        await asyncio.sleep(0)
+                    while stage.app.tracer._queue:
+                        await clock.advance(1)
+                    while len(attempts) < number:
+                        await asyncio.sleep(0)
+    assert attempts == ["ClientConnectorError"] * 3
+    assert capsys.readouterr().err.count("spans_lost") == 1
+
+
+FLOW = FlowRecord(
+    time=1.0, agent="demo", uid=0, workflow="wf_1", tool="search", method="GET", path="/", status=200, outcome="ok", detail="",
+    request_bytes=0, response_bytes=0, duration_ms=1.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode="reverse", upstream="",
+)  # fmt: skip
+
+
+async def test_a_collector_that_refuses_is_said_once_when_it_begins_and_once_when_it_ends(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    configure("info", "json")
+    clock, collector = FakeClock(), Collector()
+    tracer = Tracer(f"http://127.0.0.1:{await collector.start()}", clock)
+    running = asyncio.ensure_future(tracer.run())
+    for status in (200, 500, 400, 404, 200, 200, 503):
+        collector.status = status
+        tracer.flow(FLOW, f"00-{TRACE}-{PARENT}-01".encode())
+        await clock.advance(1, sleepers=1)
+        await asyncio.wait_for(clock.wait_for_sleepers(), 10)
+    running.cancel()
+    await collector.stop()
+    assert len(collector.bodies) == 7
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line.get("error")) for line in said] == [
+        ("spans_lost", "HTTP 500"), ("spans_recovered", None), ("spans_lost", "HTTP 503")
+    ]  # fmt: skip
+    assert "calls go on" in said[0]["effect"]

@@ -1,6 +1,7 @@
 """Ended spans as a trigger: whatever is sent, the answer is clear, bounded, and nothing that was held is lost."""
 
 import gzip
+import io
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -39,7 +40,7 @@ async def post(stage: Stage, body: bytes, kind: str = "application/x-protobuf", 
     url = f"http://127.0.0.1:{stage.app.otlp.http_port}/v1/traces"
     async with (
         aiohttp.ClientSession() as session,
-        session.post(url, data=body, headers={"content-type": kind, **headers}) as answer,
+        session.post(url, data=io.BytesIO(body), headers={"content-type": kind, **headers}) as answer,
     ):
         return answer.status
 

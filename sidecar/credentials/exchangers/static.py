@@ -21,6 +21,7 @@ class StaticExchanger:
 
     def __init__(self, config: StaticConfig, svids: SvidSource, clock: Clock) -> None:
         self.issuer = config.name
+        self.server = ""
         self._config = config
         self._svids = svids
         self._clock = clock

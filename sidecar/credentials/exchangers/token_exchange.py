@@ -25,22 +25,25 @@ _ENDPOINTS = ("token_endpoint", "revocation_endpoint", "introspection_endpoint")
 _ASSERTION = "urn:ietf:params:oauth:client-assertion-type:"
 
 DEFAULT_LIFE = 60.0
-"""Seconds, when the answer has no expires_in (RFC 6749 only recommends it): short, so that a guess cannot do harm."""
+"""Seconds of use, when the answer has no expires_in (RFC 6749 only recommends it): short, so that a guess cannot do harm."""
 DOUBTFUL_LIFE = 3600.0
-"""Seconds for which a token is tried to be taken back when its answer does not say, plausibly, how long it lives."""
+"""Seconds for which a token is said to live, and tried to be taken back, when its answer does not say so plausibly."""
 LONGEST_LIFE = 400 * 86400.0
 """Seconds. An answer that promises more is nonsense; what is used at most is the tool's `max_ttl` in any case."""
 
 
 class TokenExchanger:
-    """`ports.Exchanger` for one authorization server. `aclose` ends its session."""
+    """`ports.Exchanger` for one authorization server. `aclose` ends its sessions."""
 
     def __init__(self, config: TokenExchangeConfig, svids: SvidSource, clock: Clock) -> None:
         self.issuer = config.name
+        self.server = config.issuer
         self._config = config
         self._svids = svids
         self._clock = clock
         self._http = IssuerHttp(config.name, config.ca_file, config.timeout)
+        # Connections of its own: exchanges that hang must not hold up what takes access away.
+        self._revoking = IssuerHttp(config.name, config.ca_file, config.timeout)
         self._endpoints: dict[str, str] | None = None
 
     # -- exchange -----------------------------------------------------------------------------------------------
@@ -88,13 +91,17 @@ class TokenExchanger:
         now = self._clock.now()
         try:
             _check(self.issuer, body, exchanged)
-            expires_at = now + _life(self.issuer, body.get("expires_in"))
+            life = _life(self.issuer, body.get("expires_in"))
         except IssuerError:
-            minted.append(RevocationRecord(self.issuer, tool.name, value, now + DOUBTFUL_LIFE, agent))
+            minted.append(self._record(tool, value, now + DOUBTFUL_LIFE, agent))
             raise
-        minted.append(RevocationRecord(self.issuer, tool.name, value, expires_at, agent))
+        minted.append(self._record(tool, value, now + (life or DOUBTFUL_LIFE), agent))
+        expires_at = now + (life or DEFAULT_LIFE)
         granted = tuple(sorted(str(body["scope"]).split())) if isinstance(body.get("scope"), str) else ()
         return Credential(value, now, expires_at, tuple(minted), granted)
+
+    def _record(self, tool: Tool, value: Secret, expires_at: float, agent: str) -> RevocationRecord:
+        return RevocationRecord(self.issuer, tool.name, value, expires_at, agent, minted_at=self.server)
 
     # -- look up and revoke -------------------------------------------------------------------------------------
 
@@ -109,7 +116,7 @@ class TokenExchanger:
             basic = (tool.introspection.client_id, _client_secret(tool.introspection.secret_file))
         else:
             form |= await self._client(record.agent, revoking=True)
-        answer = await self._http.post(endpoint, form, basic)
+        answer = await self._revoking.post(endpoint, form, basic)
         _raise_for(self.issuer, answer)
         active = (answer.json or {}).get("active")
         if not isinstance(active, bool):
@@ -122,7 +129,7 @@ class TokenExchanger:
         if endpoint is None:
             return IssuerOutcome.LOCAL_ONLY
         form = {"token": record.token.reveal(), "token_type_hint": "access_token"}
-        answer = await self._http.post(endpoint, form | await self._client(record.agent, revoking=True))
+        answer = await self._revoking.post(endpoint, form | await self._client(record.agent, revoking=True))
         _raise_for(self.issuer, answer)
         return IssuerOutcome.ACKNOWLEDGED
 
@@ -181,8 +188,9 @@ class TokenExchanger:
             ) from None
 
     async def aclose(self) -> None:
-        """Ends the session."""
+        """Ends the sessions."""
         await self._http.aclose()
+        await self._revoking.aclose()
 
 
 def _scope(scopes: tuple[str, ...]) -> dict[str, str]:
@@ -236,10 +244,10 @@ def _check(issuer: str, body: dict[str, Any], exchanged: bool) -> None:
         raise IssuerError(Reason.ISSUER_MALFORMED, f"issuer {issuer}: the issued_token_type is not an access token")
 
 
-def _life(issuer: str, expires_in: Any) -> float:
-    """Seconds. Some servers write the number as a string."""
+def _life(issuer: str, expires_in: Any) -> float | None:
+    """Seconds; None when the server does not say. Some write the number as a string."""
     if expires_in is None:
-        return DEFAULT_LIFE
+        return None
     if isinstance(expires_in, str) and expires_in.isdecimal() and len(expires_in) < 16:
         expires_in = int(expires_in)
     if isinstance(expires_in, bool) or not isinstance(expires_in, int | float) or not 0 < expires_in <= LONGEST_LIFE:

@@ -26,13 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(sidecar/wire/spanlock/v1/workflows.proto\x12\x0bspanlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x01\n\x0bOpenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x14\n\x0croot_span_id\x18\x03 \x01(\t\x12*\n\x07max_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04idle\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08listener\x18\x06 \x01(\x08\x12\x15\n\rsubject_token\x18\x07 \x01(\t\"\x81\x01\n\x0cOpenResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\x12\x0e\n\x06handle\x18\x02 \x01(\t\x12\x11\n\tproxy_url\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\t\x12\x15\n\rotlp_endpoint\x18\x05 \x01(\t\"D\n\x0bHoldRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x18.spanlock.v1.OpenRequest\x12\r\n\x05\x63lose\x18\x02 \x01(\x08\"r\n\x0cHoldResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.spanlock.v1.OpenResponseH\x00\x12,\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1a.spanlock.v1.CloseResponseH\x00\x42\x07\n\x05\x65vent\"#\n\x0cRenewRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"8\n\rRenewResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\"#\n\x0c\x43loseRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"\xbf\x01\n\rCloseResponse\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12%\n\x06leases\x18\x03 \x03(\x0b\x32\x15.spanlock.v1.LeaseEnd\x12\x30\n\rdropped_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rrevoked_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9d\x01\n\x08LeaseEnd\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\tat_issuer\x18\x03 \x01(\t\x12+\n\x08residual\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btoken_check\x18\x05 \x01(\t\x12\x0c\n\x04uses\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\r\n\x0bListRequest\"8\n\x0cListResponse\x12(\n\tworkflows\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.Workflow\"\x0e\n\x0cWatchRequest\"8\n\rWatchResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\"\xe8\x01\n\x08Workflow\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12-\n\topened_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08trace_id\x18\x07 \x01(\t\x12\x14\n\x0c\x63lose_reason\x18\x08 \x01(\t\x12\r\n\x05\x66lows\x18\t \x01(\x03\x12\x0e\n\x06leases\x18\n \x01(\x03\x32\x88\x03\n\tWorkflows\x12;\n\x04Open\x12\x18.spanlock.v1.OpenRequest\x1a\x19.spanlock.v1.OpenResponse\x12?\n\x04Hold\x12\x18.spanlock.v1.HoldRequest\x1a\x19.spanlock.v1.HoldResponse(\x01\x30\x01\x12>\n\x05Renew\x12\x19.spanlock.v1.RenewRequest\x1a\x1a.spanlock.v1.RenewResponse\x12>\n\x05\x43lose\x12\x19.spanlock.v1.CloseRequest\x1a\x1a.spanlock.v1.CloseResponse\x12;\n\x04List\x12\x18.spanlock.v1.ListRequest\x1a\x19.spanlock.v1.ListResponse\x12@\n\x05Watch\x12\x19.spanlock.v1.WatchRequest\x1a\x1a.spanlock.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(sidecar/wire/spanlock/v1/workflows.proto\x12\x0bspanlock.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x01\n\x0bOpenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08trace_id\x18\x02 \x01(\t\x12\x14\n\x0croot_span_id\x18\x03 \x01(\t\x12*\n\x07max_age\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04idle\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08listener\x18\x06 \x01(\x08\x12\x15\n\rsubject_token\x18\x07 \x01(\t\"\x81\x01\n\x0cOpenResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\x12\x0e\n\x06handle\x18\x02 \x01(\t\x12\x11\n\tproxy_url\x18\x03 \x01(\t\x12\x0e\n\x06\x63\x61_pem\x18\x04 \x01(\t\x12\x15\n\rotlp_endpoint\x18\x05 \x01(\t\"D\n\x0bHoldRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x18.spanlock.v1.OpenRequest\x12\r\n\x05\x63lose\x18\x02 \x01(\x08\"r\n\x0cHoldResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.spanlock.v1.OpenResponseH\x00\x12,\n\x06\x63losed\x18\x02 \x01(\x0b\x32\x1a.spanlock.v1.CloseResponseH\x00\x42\x07\n\x05\x65vent\"#\n\x0cRenewRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"8\n\rRenewResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\"#\n\x0c\x43loseRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"\xa9\x02\n\rCloseResponse\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12%\n\x06leases\x18\x03 \x03(\x0b\x32\x15.spanlock.v1.LeaseEnd\x12\x30\n\rdropped_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rrevoked_after\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x38\n\x07refused\x18\x06 \x03(\x0b\x32\'.spanlock.v1.CloseResponse.RefusedEntry\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x9d\x01\n\x08LeaseEnd\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\tat_issuer\x18\x03 \x01(\t\x12+\n\x08residual\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0btoken_check\x18\x05 \x01(\t\x12\x0c\n\x04uses\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\r\n\x0bListRequest\"8\n\x0cListResponse\x12(\n\tworkflows\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.Workflow\"\x0e\n\x0cWatchRequest\"8\n\rWatchResponse\x12\'\n\x08workflow\x18\x01 \x01(\x0b\x32\x15.spanlock.v1.Workflow\"\xe8\x01\n\x08Workflow\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12-\n\topened_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08trace_id\x18\x07 \x01(\t\x12\x14\n\x0c\x63lose_reason\x18\x08 \x01(\t\x12\r\n\x05\x66lows\x18\t \x01(\x03\x12\x0e\n\x06leases\x18\n \x01(\x03\x32\x88\x03\n\tWorkflows\x12;\n\x04Open\x12\x18.spanlock.v1.OpenRequest\x1a\x19.spanlock.v1.OpenResponse\x12?\n\x04Hold\x12\x18.spanlock.v1.HoldRequest\x1a\x19.spanlock.v1.HoldResponse(\x01\x30\x01\x12>\n\x05Renew\x12\x19.spanlock.v1.RenewRequest\x1a\x1a.spanlock.v1.RenewResponse\x12>\n\x05\x43lose\x12\x19.spanlock.v1.CloseRequest\x1a\x1a.spanlock.v1.CloseResponse\x12;\n\x04List\x12\x18.spanlock.v1.ListRequest\x1a\x19.spanlock.v1.ListResponse\x12@\n\x05Watch\x12\x19.spanlock.v1.WatchRequest\x1a\x1a.spanlock.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidecar.wire.spanlock.v1.workflows_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CLOSERESPONSE_REFUSEDENTRY']._loaded_options = None
+  _globals['_CLOSERESPONSE_REFUSEDENTRY']._serialized_options = b'8\001'
   _globals['_OPENREQUEST']._serialized_start=123
   _globals['_OPENREQUEST']._serialized_end=316
   _globals['_OPENRESPONSE']._serialized_start=319
@@ -48,19 +50,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLOSEREQUEST']._serialized_start=731
   _globals['_CLOSEREQUEST']._serialized_end=766
   _globals['_CLOSERESPONSE']._serialized_start=769
-  _globals['_CLOSERESPONSE']._serialized_end=960
-  _globals['_LEASEEND']._serialized_start=963
-  _globals['_LEASEEND']._serialized_end=1120
-  _globals['_LISTREQUEST']._serialized_start=1122
-  _globals['_LISTREQUEST']._serialized_end=1135
-  _globals['_LISTRESPONSE']._serialized_start=1137
-  _globals['_LISTRESPONSE']._serialized_end=1193
-  _globals['_WATCHREQUEST']._serialized_start=1195
-  _globals['_WATCHREQUEST']._serialized_end=1209
-  _globals['_WATCHRESPONSE']._serialized_start=1211
-  _globals['_WATCHRESPONSE']._serialized_end=1267
-  _globals['_WORKFLOW']._serialized_start=1270
-  _globals['_WORKFLOW']._serialized_end=1502
-  _globals['_WORKFLOWS']._serialized_start=1505
-  _globals['_WORKFLOWS']._serialized_end=1897
+  _globals['_CLOSERESPONSE']._serialized_end=1066
+  _globals['_CLOSERESPONSE_REFUSEDENTRY']._serialized_start=1020
+  _globals['_CLOSERESPONSE_REFUSEDENTRY']._serialized_end=1066
+  _globals['_LEASEEND']._serialized_start=1069
+  _globals['_LEASEEND']._serialized_end=1226
+  _globals['_LISTREQUEST']._serialized_start=1228
+  _globals['_LISTREQUEST']._serialized_end=1241
+  _globals['_LISTRESPONSE']._serialized_start=1243
+  _globals['_LISTRESPONSE']._serialized_end=1299
+  _globals['_WATCHREQUEST']._serialized_start=1301
+  _globals['_WATCHREQUEST']._serialized_end=1315
+  _globals['_WATCHRESPONSE']._serialized_start=1317
+  _globals['_WATCHRESPONSE']._serialized_end=1373
+  _globals['_WORKFLOW']._serialized_start=1376
+  _globals['_WORKFLOW']._serialized_end=1608
+  _globals['_WORKFLOWS']._serialized_start=1611
+  _globals['_WORKFLOWS']._serialized_end=2003
 # @@protoc_insertion_point(module_scope)

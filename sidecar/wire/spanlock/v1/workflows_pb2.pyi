@@ -77,18 +77,27 @@ class CloseRequest(_message.Message):
     def __init__(self, workflow_id: _Optional[str] = ...) -> None: ...
 
 class CloseResponse(_message.Message):
-    __slots__ = ("workflow_id", "reason", "leases", "dropped_after", "revoked_after")
+    __slots__ = ("workflow_id", "reason", "leases", "dropped_after", "revoked_after", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     WORKFLOW_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     DROPPED_AFTER_FIELD_NUMBER: _ClassVar[int]
     REVOKED_AFTER_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     workflow_id: str
     reason: str
     leases: _containers.RepeatedCompositeFieldContainer[LeaseEnd]
     dropped_after: _duration_pb2.Duration
     revoked_after: _duration_pb2.Duration
-    def __init__(self, workflow_id: _Optional[str] = ..., reason: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[LeaseEnd, _Mapping]]] = ..., dropped_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., revoked_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, workflow_id: _Optional[str] = ..., reason: _Optional[str] = ..., leases: _Optional[_Iterable[_Union[LeaseEnd, _Mapping]]] = ..., dropped_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., revoked_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class LeaseEnd(_message.Message):
     __slots__ = ("lease_id", "tool", "at_issuer", "residual", "token_check", "uses", "detail")
