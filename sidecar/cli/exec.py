@@ -1,28 +1,33 @@
 """Runs a command inside a workflow of its own: its calls carry credentials that it never sees, and all of them die when it
-ends. With -c FILE a sidecar is embedded when none runs. Exit status: the command's own; 125 Spanlock failed, 126 not
-executable, 127 not found."""
+ends. With -c FILE a sidecar is embedded when none runs, and ends with it. Exit status: the command's own, 128+n when signal n
+killed it, or came before it ran; 125 Spanlock failed, 126 not executable, 127 not found."""
 
 import json
 import os
 import secrets
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import grpc
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sidecar.cli import environment
+from sidecar.cli import environment, shim, stdio
+from sidecar.cli.embedded import Configuration, Embedded
 from sidecar.cli.residual import residual, seconds
+from sidecar.cli.signals import Interrupted, Signals
+from sidecar.cli.terminal import Terminal, wait
 from sidecar.client import sockets
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
+from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 
 _Answer = TypeVar("_Answer")
@@ -32,23 +37,6 @@ _RECEIPT = (
     "Writes how each credential ended to this file, as JSON. `residual_seconds` is rounded up; null: no end. When the sidecar "
     "went away, `reason` is unknown and `credentials` null."
 )
-_FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Between fork and exec of a process with gRPC's threads nothing may run, so a fresh interpreter asks for the parent-death
-# signal (prctl(2) PR_SET_PDEATHSIG, kept over exec) and becomes the command: if we are killed, CMD is told by SIGTERM.
-_SHIM = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(125)
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-except FileNotFoundError:
-    print(f"spanlock: {sys.argv[2]}: not found", file=sys.stderr)
-    sys.exit(127)
-except OSError as error:
-    print(f"spanlock: {sys.argv[2]}: {error.strerror}", file=sys.stderr)
-    sys.exit(126)
-"""
 
 
 class _Failure(Exception):
@@ -66,42 +54,99 @@ def command(
     name: str = typer.Option("", "--name", help="The workflow's name. Default: the command's."),
     receipt: str | None = typer.Option(None, "--receipt", help=_RECEIPT),
 ) -> None:
+    stdio.settle()
     try:
         status = _exec(cmd, config, agent, name, receipt)
     except _Failure as failure:
         print(f"spanlock: {failure}", file=sys.stderr)
         status = _FAILED
+    except Interrupted as interrupted:
+        print(f"spanlock: {interrupted} before the command ran", file=sys.stderr)
+        status = interrupted.status
     raise typer.Exit(status)
 
 
 def _exec(cmd: list[str], config: str | None, agent: str | None, name: str, receipt: str | None) -> int:
-    sidecar: subprocess.Popen[bytes] | None = None
-    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as private, _receipt(receipt) as writing:
+    signals = Signals()
+    configuration = _configuration(config)
+    inherited = dict(os.environ) if configuration is None else configuration.without_secrets(os.environ)
+    with tempfile.TemporaryDirectory(prefix="spanlock-exec-") as directory, _receipt(receipt) as writing:
+        work = _Work(cmd, name or Path(cmd[0]).name, inherited, Path(directory), signals)
+        running = _only(sockets.candidates(agent))
+        if configuration is not None and (running is None or not _lives(running)):
+            ended = _with_a_sidecar_of_its_own(work, configuration, agent)
+        elif running is None:
+            raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
+        else:
+            ended = work.run(running)
+        _tell(ended.workflow_id, ended.report, writing)
+        return ended.status
+
+
+def _configuration(path: str | None) -> Configuration | None:
+    try:
+        return Configuration(path) if path is not None else None
+    except ConfigError as error:
+        raise _Failure(error.detail) from None
+
+
+def _with_a_sidecar_of_its_own(work: "_Work", configuration: Configuration, agent: str | None) -> "_Ended":
+    """It ends before the closing line, which is the last: what it says at its end may be what it could not revoke."""
+    sidecar = Embedded(configuration, work.private / "run")
+    report = None
+    try:
+        with work.signals.waiting():
+            running = _listening(sidecar, agent, configuration.path)
+        ended = work.run(running)
+        report = ended.report
+    finally:
+        problem = sidecar.end()
+        if report is not None and not problem and any(end.at_issuer == "failed" for end in report.leases):
+            problem = "what had failed at the close was revoked or expired before the embedded sidecar ended"
+        if problem:
+            print(f"spanlock: {problem}", file=sys.stderr)
+    return ended
+
+
+class _Ended(NamedTuple):
+    status: int
+    workflow_id: str
+    report: pb.CloseResponse | None
+    """How each credential ended; None when the sidecar went away."""
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The command, and what it gets."""
+
+    command: list[str]
+    name: str
+    inherited: dict[str, str]
+    private: Path
+    signals: Signals
+
+    def run(self, running: Path) -> _Ended:
+        """Inside a workflow of the sidecar on the socket `running`, which closes however the command ends."""
+        trace_id = secrets.token_hex(16)
+        held = workflow(self.name, socket=str(running), trace_id=trace_id)
+        with self.signals.waiting():
+            _await_identity(running)
         try:
-            socket = _only(sockets.candidates(agent))
-            if socket is None and config is not None:
-                sidecar, socket = _embed(config, agent, Path(private))
-            if socket is None:
-                raise _Failure("no sidecar runs here; start one with `spanlock run`, or embed one with -c FILE")
-            _await_identity(socket)
-            trace_id = secrets.token_hex(16)
-            held = _hold(socket, name or Path(cmd[0]).name, trace_id)
+            with self.signals.waiting():
+                _open(held)
             variables = environment.build(
-                os.environ,
+                self.inherited,
                 held.proxy_url,
-                Path(held.write_bundle(private)),
+                Path(held.write_bundle(self.private)),
                 f"00-{trace_id}-{secrets.token_hex(8)}-01",
                 held.opened.otlp_endpoint,
             )
-            variables["SPANLOCK_SOCKET"] = str(socket)
-            variables["SPANLOCK_WORKFLOW"] = held.id
-            status = _run(cmd, variables)
-            _tell(variables["SPANLOCK_WORKFLOW"], held.close(), writing)
-            return status
+            variables["SPANLOCK_SOCKET"] = str(running)
+            variables["SPANLOCK_WORKFLOW"] = workflow_id = held.id
+            status = _run(self.command, variables, self.signals)
         finally:
-            if sidecar is not None:
-                sidecar.terminate()
-                sidecar.wait()
+            report = held.close()
+        return _Ended(status, workflow_id, report)
 
 
 def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
@@ -114,12 +159,25 @@ def _receipt(path: str | None) -> AbstractContextManager[IO[str] | None]:
         raise _Failure(f"--receipt {path}: {error.strerror}") from None
 
 
-def _hold(socket: Path, name: str, trace_id: str) -> WorkflowHold:
+def _open(held: WorkflowHold) -> None:
     """Held open by a stream: if this process dies, the stream ends and the workflow closes."""
     try:
-        return workflow(name, socket=str(socket), trace_id=trace_id).open()
+        held.open()
     except SpanlockUnavailable as error:
         raise _Failure(f"the sidecar did not open a workflow: {error}") from None
+
+
+def _lives(path: Path) -> bool:
+    """False for what a sidecar that was killed has left behind. What we may not ask lives, as far as we know."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(_START_SECONDS)
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except OSError:
+            return True
+    return True
 
 
 def _only(found: list[Path]) -> Path | None:
@@ -131,34 +189,30 @@ def _only(found: list[Path]) -> Path | None:
     return found[0] if found else None
 
 
-def _embed(config: str, agent: str | None, private: Path) -> tuple[subprocess.Popen[bytes], Path]:
-    """A sidecar of our own, with a private run directory; its log goes where ours goes."""
-    run_dir = private / "run"
-    words = [sys.executable, "-m", "sidecar", "run", "-c", config, "--embedded-in", str(run_dir)]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+def _listening(sidecar: Embedded, agent: str | None, config: str) -> Path:
+    """The agent's socket of the embedded sidecar; its log goes where ours goes."""
 
-    def listening() -> Path | None:
-        if process.poll() is not None:
+    def found() -> Path | None:
+        if not sidecar.runs:
             raise _Failure("the embedded sidecar did not start; its messages are above")
-        return _only(sockets.below(run_dir, agent))
+        return _only(sockets.below(sidecar.run_dir, agent))
 
-    socket = _await(listening)
-    if socket is None:
-        process.terminate()
+    path = _await(found)
+    if path is None:
         raise _Failure(f"the embedded sidecar was not up after {_START_SECONDS:g} s; `spanlock check -c {config}`")
-    return process, socket
+    return path
 
 
-def _await_identity(socket: Path) -> None:
+def _await_identity(path: Path) -> None:
     """A command that started before its identity had come would be refused its first calls."""
-    with grpc.insecure_channel(f"unix:{socket}") as channel:
+    with grpc.insecure_channel(f"unix:{path}") as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         try:
             request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
             if not _await(lambda: check(request, timeout=_START_SECONDS).status == serving):
                 raise _Failure(f"no identity for this agent within {_START_SECONDS:g} s; `spanlock status` says why")
         except grpc.RpcError as error:
-            raise _Failure(f"no sidecar answers on {socket}: {error.details()}") from None
+            raise _Failure(f"no sidecar answers on {path}: {error.details()}") from None
 
 
 def _await(ask: Callable[[], _Answer]) -> _Answer:
@@ -169,64 +223,12 @@ def _await(ask: Callable[[], _Answer]) -> _Answer:
     return answer
 
 
-def _run(cmd: list[str], variables: dict[str, str]) -> int:
+def _run(cmd: list[str], variables: dict[str, str], signals: Signals) -> int:
     """The command in a process group of its own, in the foreground of a terminal if there is one."""
-    shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *cmd]
-    child = subprocess.Popen(shim, env=variables, process_group=0)
-    with _Foreground(child.pid) as terminal:
-        for number in (*_FORWARDED, signal.SIGINT, signal.SIGQUIT):
-            signal.signal(number, lambda received, _: _signal_group(child.pid, received))
-        status = _wait(child, terminal)
-    return 128 - status if status < 0 else status
-
-
-def _wait(child: subprocess.Popen[bytes], terminal: "_Foreground") -> int:
-    """The command's exit status. Stopped by Ctrl-Z, it takes us along, so that the shell gets its terminal; `fg` goes on."""
-    while True:
-        _, status = os.waitpid(child.pid, os.WUNTRACED)
-        if not os.WIFSTOPPED(status):
-            child.returncode = os.waitstatus_to_exitcode(status)
-            return child.returncode
-        if terminal.is_ours:
-            terminal.take_back()
-            os.kill(os.getpid(), signal.SIGSTOP)
-            terminal.give()
-            _signal_group(child.pid, signal.SIGCONT)
-
-
-def _signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
-
-
-class _Foreground:
-    """Gives the terminal to the child's group, and takes it back. Ours to give only while we are in its foreground."""
-
-    def __init__(self, group: int) -> None:
-        self._group = group
-        self._terminal = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else -1
-        self.is_ours = self._terminal >= 0 and os.tcgetpgrp(self._terminal) == os.getpgrp()
-
-    def give(self) -> None:
-        """The child's group is in the foreground from now on, if we are in it (`bg` leaves us out)."""
-        if self.is_ours and os.tcgetpgrp(self._terminal) == os.getpgrp():
-            os.tcsetpgrp(self._terminal, self._group)
-
-    def take_back(self) -> None:
-        """We are in the foreground again, unless the shell has it."""
-        if self.is_ours and os.tcgetpgrp(self._terminal) == self._group:
-            os.tcsetpgrp(self._terminal, os.getpgrp())
-
-    def __enter__(self) -> "_Foreground":
-        if self.is_ours:
-            signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        self.give()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.take_back()
+    signals.check()
+    child = subprocess.Popen(shim.words(cmd), env=variables, process_group=0)
+    with signals.forwarded(child.pid), Terminal(child.pid) as terminal:
+        return wait(child, terminal)
 
 
 def _tell(workflow_id: str, report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:

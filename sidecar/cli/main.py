@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ class _Verbs(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _VERBS:
             return None
+        if cmd_name == "exec" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it handles a Ctrl-C itself: 130, not 1 and "Aborted!"
         module = importlib.import_module(f"sidecar.cli.{cmd_name}")
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         cls = _Exec if cmd_name == "exec" else TyperCommand

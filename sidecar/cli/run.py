@@ -27,6 +27,8 @@ def command(
         None, "--embedded-in", hidden=True, help="For `exec -c`: where the sockets go."
     ),
 ) -> None:
+    if embedded_in is not None:
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # it logs to a terminal whose foreground is the command's
     try:
         path = find_config(config)
         settings = load(path) if embedded_in is None else embedded(load(path), embedded_in)

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import os
-import pty
 import shlex
 import socket
 import subprocess
@@ -16,27 +14,12 @@ import pytest
 
 from sidecar.cli.stage import Servers, Stage
 from tests.cli import clients
+from tests.cli.running import in_a_terminal, run, variables, words_of
 from tests.stage import ready_stage, url
 
 GIT = """\
 - {{{{name: git, url: "https://git.tool.test:{port}", address: 127.0.0.1, ca_file: "{{dir}}/tools-ca.pem", issuer: demo-issuer, audience: tool-search, scopes: ["search:read"]}}}}
 """
-
-
-def words_of(*command: str, options: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, "-m", "sidecar", "exec", *options, "--", *command]
-
-
-def variables(stage: Servers | None = None, **more: str) -> dict[str, str]:
-    socket = {"SPANLOCK_SOCKET": str(stage.agent_socket)} if stage is not None else {}
-    return {**os.environ, **socket, **more}
-
-
-async def run(*words: str, env: dict[str, str]) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(*words, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = await asyncio.wait_for(process.communicate(), 50)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
 
 
 @pytest.fixture
@@ -135,55 +118,17 @@ async def test_kill_9_of_exec_closes_the_workflow_and_tells_the_command(stage: S
     assert told.read_text() == "told\n"
 
 
-def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[int, bytes]:
-    """Runs `words` as a shell would in a terminal; types `keys` when it says "ready". The status, and what was on the screen."""
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execvpe(words[0], words, env)
-    screen, typed = b"", False
-    while True:
-        try:
-            screen += os.read(master, 4096)
-        except OSError:  # EIO: the last process of the terminal is gone
-            break
-        if b"ready" in screen and not typed:
-            os.write(master, keys)
-            typed = True
-    _, status = os.waitpid(pid, 0)
-    os.close(master)
-    return os.waitstatus_to_exitcode(status), screen
-
-
-def typed_in(words: list[str], env: dict[str, str], typed: list[tuple[bytes, bytes]]) -> bytes:
-    """Runs `words` in a terminal and types each answer once what comes before it is on the screen. All that was on it."""
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execvpe(words[0], words, env)
-    screen, seen = b"", 0
-    try:
-        for prompt, answer in typed:
-            while (found := screen.find(prompt, seen)) < 0:
-                screen += os.read(master, 4096)
-            seen = found + len(prompt)
-            os.write(master, answer)
-        while True:
-            screen += os.read(master, 4096)
-    except OSError:  # EIO: the last process of the terminal is gone
-        return screen
-    finally:
-        os.waitpid(pid, 0)
-        os.close(master)
-
-
 async def test_a_terminal_is_the_commands_own(stage: Stage) -> None:
     """It sees a terminal, is in its foreground (else reading would stop it), and Ctrl-C goes to it alone."""
     script = "test -t 0 && test -t 1 && echo ready; read line; echo got $line"
     status, screen = await asyncio.to_thread(
-        in_a_terminal, words_of("bash", "-c", script), variables(stage), b"typed\n"
+        in_a_terminal, words_of("bash", "-c", script), variables(stage), [(b"ready", b"typed\n")]
     )
     assert status == 0 and b"got typed" in screen, screen
     script = "trap 'echo interrupted; exit 3' INT; echo ready; while :; do read -t 1 x; done"
-    status, screen = await asyncio.to_thread(in_a_terminal, words_of("bash", "-c", script), variables(stage), b"\x03")
+    status, screen = await asyncio.to_thread(
+        in_a_terminal, words_of("bash", "-c", script), variables(stage), [(b"ready", b"\x03")]
+    )
     assert status == 3 and b"interrupted" in screen, screen
     assert b"no credentials were needed" in screen, "the last line is still ours"
 
@@ -204,7 +149,7 @@ async def test_ctrl_z_gives_the_shell_its_terminal_and_fg_goes_on(stage: Stage) 
     ]
     env = variables(stage, PS1="prompt> ", HISTFILE="/dev/null", TERM="dumb")
     shell = ["bash", "--norc", "--noprofile", "-i"]
-    screen = await asyncio.wait_for(asyncio.to_thread(typed_in, shell, env, typed), 50)
+    _, screen = await asyncio.to_thread(in_a_terminal, shell, env, typed)
     assert b"still-4" in screen, screen
 
 
