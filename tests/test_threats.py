@@ -180,7 +180,7 @@ def test_h9_an_empty_list_denies() -> None:
 
 
 NO_METHODS = """\
-- {{{{name: none, url: "http://127.0.0.1:9", issuer: demo-issuer, methods: [], allow_networks: [127.0.0.0/8]}}}}
+- {{name: none, url: "http://127.0.0.1:9", issuer: demo-issuer, methods: [], allow_networks: [127.0.0.0/8]}}
 """
 
 

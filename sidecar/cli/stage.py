@@ -154,8 +154,13 @@ class Stage(Servers):
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        self.app = App(parse(self.config_text(), "demo", self.dir), self.dir / "spanlock.yaml", self._around or world())
-        await self.app.start()
+        try:
+            settings = parse(self.config_text(), "demo", self.dir)
+            self.app = App(settings, self.dir / "spanlock.yaml", self._around or world())
+            await self.app.start()
+        except BaseException:
+            await super().__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
