@@ -158,11 +158,11 @@ class App:
         if listeners.reverse is not None:
             self.addresses["reverse"] = await self.listeners.open(listeners.reverse, "reverse")
         await self.otlp.start()
-        if self.health is not None:
-            await self.health.start()
         for socket in self._sockets:
             await socket.start()
         self.registry.restarted(self.roll.start())
+        if self.health is not None:
+            await self.health.start()  # last: a pod's agent starts when the probe passes, and needs its socket then
         self.log.info("started", version=__version__, listeners=self.addresses, run_dir=self.settings.run_dir)
 
     def _make_sockets(self) -> None:

@@ -94,10 +94,10 @@ class Socket:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self._owner is None:
-                directory.chmod(0o700)
+                _claim(directory, 0o700)
             else:
-                directory.parent.chmod(0o755)
-                directory.chmod(0o755)
+                _claim(directory.parent, 0o755)
+                _claim(directory, 0o755)
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
             fresh = self._fresh()
@@ -153,6 +153,27 @@ class Socket:
             await self._server.stop(grace)
         if self._made is not None and _identity(self.path) == self._made:
             self.path.unlink(missing_ok=True)
+
+
+def _claim(directory: Path, mode: int) -> None:
+    """Makes a directory of a socket ours alone to write in. Raises `ConfigError` when it is another's and open to others.
+
+    Whoever may write in it can put a socket of his own in the place of ours. A volume that Kubernetes makes is such a
+    directory (root's, mode 2777): it may hold ours, and not be one of them.
+    """
+    us = os.geteuid()
+    if us == 0 and directory.stat().st_uid != us:
+        os.chown(directory, us, -1)
+    status = directory.stat()
+    if status.st_uid == us:
+        directory.chmod(mode)
+    elif status.st_mode & 0o022:
+        raise ConfigError(
+            Reason.CONFIG_INVALID,
+            f"run_dir: {directory} is uid {status.st_uid}'s and others may write in it (mode {status.st_mode & 0o7777:o}): "
+            f"they could replace the socket; remove it, so that it is made as uid {us} here, and mount a volume over "
+            "run_dir, not over a directory in it",
+        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
