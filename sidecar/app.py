@@ -21,7 +21,7 @@ from sidecar.config.schema import Settings
 from sidecar.control.admin_service import AdminOps
 from sidecar.control.health import HealthServer
 from sidecar.control.sockets import Socket, agent_socket, operator_socket
-from sidecar.control.status import StatusPage
+from sidecar.control.status import Reloads, StatusPage
 from sidecar.control.workflows_service import Doors
 from sidecar.credentials.broker import Broker
 from sidecar.credentials.exchangers.registry import build_exchanger
@@ -120,12 +120,14 @@ class App:
         )  # fmt: skip
         self.listeners = Listeners(self.plane)
         self.otlp = OtlpReceivers(settings.otlp, self.find_caller, self.registry.span_ended)
+        self._reloads = Reloads(clock.now())
         self.addresses: dict[str, str] = {}
         """Listener to the address it is bound to."""
         self.page = StatusPage(
             started_at=clock.now(), registry=self.registry, broker=self.broker, svids=self.svids, decider=self.decider,
             audit=self.audit, callers=lambda: self.callers, draining=lambda: self.plane.draining,
-            denials=lambda: list(self.plane.denials), ca_fingerprint=self.plane.ca.fingerprint, addresses=self.addresses,
+            denials=lambda: list(self.plane.denials), reloads=lambda: self._reloads,
+            ca_fingerprint=self.plane.ca.fingerprint, addresses=self.addresses,
         )  # fmt: skip
         self.health = (
             HealthServer(settings.health, self.page.ready, self.metrics) if settings.health is not None else None
@@ -227,6 +229,8 @@ class App:
             return self._apply(load(self.path))
         except ConfigError as error:
             self.log.error("reload_refused", detail=error.detail)
+            since = self._reloads.refused_since or self.clock.now()
+            self._reloads = Reloads(self._reloads.at, since, error.detail.replace("\n", "; "))
             return admin_pb2.ReloadResponse(
                 applied=False, errors=error.detail.split("\n"), policy_epoch=self.decider.epoch
             )
@@ -253,6 +257,7 @@ class App:
         self.svids.replace_agents(list(agents.values()))
         self.plane.router = router
         self.settings = settings
+        self._reloads = Reloads(self.clock.now())
         for name in dismissed:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:

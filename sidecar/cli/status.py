@@ -26,7 +26,7 @@ def _print(status: pb.StatusResponse) -> None:
     rows = [
         (
             d.name,
-            "ok" if d.ok else "DOWN",
+            d.state if d.ok else d.state.upper(),
             operator.when(d.since),
             d.last_error or "-",
             operator.when(d.next_try),
