@@ -55,6 +55,63 @@ def test_each_problem_names_its_key(change: tuple[str, str], says: str) -> None:
     assert says in caught.value.detail
 
 
+@pytest.mark.parametrize(
+    "value", ["2001-13-45", "0b_", "0x_", "!!bool foo", "!!int foo", "!!float foo", "!!timestamp foo", "9" * 5000, "!!binary é",
+              "!!python/name:os.system", "! foo", "1e", "?", "!!set {1}", "!!omap [1]", "!!null foo", "190:20:30", "=", "<<", "0o9"],
+)  # fmt: skip
+def test_yaml_that_its_own_constructors_choke_on_is_refused_with_words(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{GOOD}x:\n  {value}\n", "spanlock.yaml", Path())
+    assert caught.value.detail.startswith(("spanlock.yaml line 6", "x: Extra inputs")), caught.value.detail
+
+
+def test_a_value_that_yaml_reads_otherwise_names_its_line_and_the_fix() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD.replace("name: a,", "name: 2001-13-45,"), "spanlock.yaml", Path())
+    assert (
+        caught.value.detail == "spanlock.yaml line 1, column 17: the value is not a valid timestamp; put text in quotes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("uid: 5", "uid: x"), "agents[0].uid: Input should be a valid integer"),
+        (("uid: 5", "uid: true"), "agents[0].uid: Input should be a valid integer"),
+        (("uid: 5", "gid: 4294967295"), "agents[0].gid: Input should be less than or equal to 4294967294"),
+        (("issuer: i}", "issuer: i, max_ttl: yes}"), "tools[0].max_ttl: Input should be a valid number"),
+        (("files: [p.cedar]", "files: p.cedar"), "policy.files: write a list: [...]"),
+        (("policy: {files: [p.cedar]}", "policy: p.cedar"), "policy: write keys and values"),
+        (("issuer: i}", "issuer: i, allow_networks: [ten]}"), "tools[0].allow_networks[0]: write a network: 10.1.0.0/16 or fd00::/8"),
+        (("files: [p.cedar]", 'files: ["p\\0.cedar"]'), "policy.files[0]: has characters that no file's name should have"),
+        (("policy:", 'run_dir: "a\\0b"\npolicy:'), "run_dir: has characters"),
+        (("policy:", 'audit: {file: "\\ud800"}\npolicy:'), "audit.file: has characters"),
+        (("policy:", 'spiffe: {socket: "unix:///a\\0b"}\npolicy:'), "spiffe.socket: has characters"),
+        (("policy:", 'spiffe: {socket: "unix:///' + "s" * 107 + '"}\npolicy:'), "spiffe.socket: write unix:///"),
+        (("policy:", 'spiffe: {socket: "tcp://"}\npolicy:'), "spiffe.socket: write"),
+        (("policy:", 'spiffe: {socket: "tcp://spire:8081"}\npolicy:'), "spiffe.socket: write unix:///"),
+        (("policy:", "telemetry: {otlp_endpoint: nonsense}\npolicy:"), "telemetry.otlp_endpoint: write http://HOST:PORT"),
+        (("policy:", 'telemetry: {otlp_endpoint: "http://c:x"}\npolicy:'), "telemetry.otlp_endpoint: write http://HOST:PORT"),
+        (("policy:", "workflows: {max_age: .inf}\npolicy:"), "workflows.max_age: Input should be a finite number"),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_one_line_in_words_of_yaml(change: tuple[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD.replace(*change), "spanlock.yaml", Path())
+    assert caught.value.detail.startswith(says) and "\n" not in caught.value.detail, caught.value.detail
+    assert "uple" not in caught.value.detail
+
+
+def test_no_agent_at_all_is_said() -> None:
+    with pytest.raises(ConfigError, match="agents: write at least one entry"):
+        parse(GOOD.replace('[{name: a, spiffe_id: "spiffe://td/a", uid: 5}]', "[]"), "spanlock.yaml", Path())
+
+
+def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not a file"):
+        find_config(str(tmp_path))
+
+
 def test_problems_between_sections_have_a_line_and_a_key_each() -> None:
     text = """\
 agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}, {name: a, spiffe_id: "spiffe://td/b", uid: 6}]
