@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.run_dir import agent_path, cannot_give, claim, operator_path, too_long
 from sidecar.control.token_exchange_service import TokenExchangeService
 from sidecar.control.unreadable import RefuseUnreadable
 from sidecar.control.workflows_service import Doors, WorkflowsService
@@ -73,7 +74,9 @@ class Socket:
         """Device and inode of the file that we listen on."""
 
     def refuse_taken(self) -> None:
-        """Raises `ConfigError` when somebody answers on the path. To be asked of every socket before anything is opened."""
+        """Raises `ConfigError` when somebody answers on the path, or none can be there. Asked of all before one is opened."""
+        if why := too_long(self.path):
+            raise ConfigError(Reason.CONFIG_INVALID, f"run_dir: {why}; set a shorter run_dir or SPANLOCK_RUN_DIR")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
@@ -94,10 +97,10 @@ class Socket:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self._owner is None:
-                _claim(directory, 0o700)
+                claim(directory, 0o700)
             else:
-                _claim(directory.parent, 0o755)
-                _claim(directory, 0o755)
+                claim(directory.parent, 0o755)
+                claim(directory, 0o755)
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
             fresh = self._fresh()
@@ -143,8 +146,8 @@ class Socket:
             uid = agent.uid if os.geteuid() == 0 and agent.uid != os.getuid() else -1
             try:
                 os.chown(self.path, uid, agent.gid if agent.gid is not None else -1, follow_symlinks=False)
-            except PermissionError:
-                what = f"agents: {agent.name}: gid {agent.gid}: the sidecar is not in that group; add it to it"
+            except PermissionError as error:
+                what = cannot_give(agent) or f"agents: {agent.name}: {self.path} cannot be its own: {error.strerror}"
                 raise ConfigError(Reason.CONFIG_INVALID, what) from None
 
     async def stop(self, grace: float) -> None:
@@ -153,27 +156,6 @@ class Socket:
             await self._server.stop(grace)
         if self._made is not None and _identity(self.path) == self._made:
             self.path.unlink(missing_ok=True)
-
-
-def _claim(directory: Path, mode: int) -> None:
-    """Makes a directory of a socket ours alone to write in. Raises `ConfigError` when it is another's and open to others.
-
-    Whoever may write in it can put a socket of his own in the place of ours. A volume that Kubernetes makes is such a
-    directory (root's, mode 2777): it may hold ours, and not be one of them.
-    """
-    us = os.geteuid()
-    if us == 0 and directory.stat().st_uid != us:
-        os.chown(directory, us, -1)
-    status = directory.stat()
-    if status.st_uid == us:
-        directory.chmod(mode)
-    elif status.st_mode & 0o022:
-        raise ConfigError(
-            Reason.CONFIG_INVALID,
-            f"run_dir: {directory} is uid {status.st_uid}'s and others may write in it (mode {status.st_mode & 0o7777:o}): "
-            f"they could replace the socket; remove it, so that it is made as uid {us} here, and mount a volume over "
-            "run_dir, not over a directory in it",
-        )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -196,7 +178,7 @@ def agent_socket(run_dir: Path, agent: Agent, doors: Doors, router: Callable[[],
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    return Socket(run_dir / "agents" / agent.name / "agent.sock", _AGENT, add, agent, serving)
+    return Socket(agent_path(run_dir, agent.name), _AGENT, add, agent, serving)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
@@ -205,7 +187,7 @@ def operator_socket(run_dir: Path, ops: AdminOps) -> Socket:
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    return Socket(run_dir / "operator" / "operator.sock", ("spanlock.v1.Admin",), add, None, lambda: True)
+    return Socket(operator_path(run_dir), ("spanlock.v1.Admin",), add, None, lambda: True)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)

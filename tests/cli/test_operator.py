@@ -131,6 +131,11 @@ async def test_check(tmp_path: Path) -> None:
         path = stage.dir / "spanlock.yaml"
         status, out, err = await spanlock("check", "-c", str(path))
         assert (status, out) == (0, "ok\n") and "runs as the sidecar's own uid" in err
+        path.write_text(stage.config_text().replace("/audit.jsonl", "/none/audit.jsonl"))
+        status, out, err = await spanlock("check", "-c", str(path))
+        assert (status, out) == (2, "1 error(s)\n") and "error: audit.file: " in err, (
+            "the daemon does not start with it"
+        )
         path.write_text(stage.config_text().replace("audience:", "audiense:"))
         status, out, _ = await spanlock("check", "-c", str(path), "--json")
         said = json.loads(out)

@@ -1,5 +1,6 @@
 """Bad configuration: each problem with its key path, and never the value, which may be a secret in a wrong place."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from sidecar.address import host_and_port
 from sidecar.config.advice import warnings
 from sidecar.config.load import find_config, load, parse
+from sidecar.config.obstacles import obstacles
 from sidecar.errors import ConfigError
+from sidecar.policy.load import parse_policy
 
 GOOD = """\
 agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}]
@@ -197,6 +200,7 @@ def test_relative_files_are_beside_the_configuration(tmp_path: Path, monkeypatch
     )
     assert (tool.ca_file, tool.introspection.secret_file) == (f"{tmp_path}/conf/ca.pem", "/run/secrets/s")
     assert parse(GOOD, "x", tmp_path).audit.file == "-"
+    assert parse(GOOD + "run_dir: run\n", "x", tmp_path).run_dir == f"{tmp_path}/run"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * (1 << 20) + b"x", b"- 1\n", b"a: " + b"[" * 5000])
@@ -208,7 +212,8 @@ def test_what_is_no_configuration_is_named(tmp_path: Path, content: bytes) -> No
     assert str(path) in caught.value.detail
 
 
-def test_what_is_allowed_and_should_be_known_is_said(tmp_path: Path) -> None:
+def test_what_is_allowed_and_should_be_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 2102)
     (tmp_path / "open.secret").write_text("x")
     (tmp_path / "open.secret").chmod(0o644)
     (tmp_path / "ca.pem").write_text("no certificate")
@@ -223,13 +228,61 @@ tools:
 - {name: t, url: "http://t.test", issuer: i, export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
 - {name: u, url: "https://10.0.0.1.nip.io", issuer: i}
 """
-    said = "\n".join(warnings(parse(text, "x", tmp_path)))
+    policy = """
+        permit(principal == Spanlock::Agent::"d", action, resource == Spanlock::Tool::"t");
+        @id("more") @scopes("read") permit(principal, action, resource) when { resource == Spanlock::Tool::"w" };
+    """
+    settings = parse('spiffe: {socket: "unix:///nonexistent.sock"}\n' + text, "x", tmp_path)
+    said = "\n".join(warnings(settings, parse_policy(policy, "test")))
     for part in (
         "a, b share uid 5", "c runs as the sidecar's own uid", f"issuers[0].ca_file: {tmp_path}/nowhere.pem: No such file",
         f"issuers[1].secret_file: {tmp_path}/open.secret can be read by every user",
         "issuers[2].secret_env: the variable SPANLOCK_TEST_UNSET is not set", "tools[0]: t is plain http",
         "t exports its real token", f"tools[0].ca_file: {tmp_path}/ca.pem is not PEM",
         f"tools[0].introspection.secret_file: {tmp_path}/gone: No such file", "10.0.0.1.nip.io is the address 10.0.0.1",
+        "spiffe.socket: /nonexistent.sock: No such file", "agents: a: its socket is open to the sidecar's group", "agents: b: its",
+        'policy: Spanlock::Agent::"d" is no agent of', 'policy: Spanlock::Tool::"w" is no tool of',
+        "policy: more: @scopes: read is a scope of no tool",
     ):  # fmt: skip
         assert part in said, said
-    assert len(said.splitlines()) == 10
+    assert len(said.splitlines()) == 16
+    assert "no policy in them" in warnings(settings, parse_policy("// none", "test"))[-1]
+
+
+def _as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a uid that is not root, in no group but its own: nothing may be written but what is in a directory `ours`."""
+    monkeypatch.setattr(os, "geteuid", lambda: 2102)
+    monkeypatch.setattr(os, "getegid", lambda: 2102)
+    monkeypatch.setattr(os, "getgroups", list)
+    monkeypatch.setattr(os, "access", lambda path, _: "ours" in Path(path).parts)
+
+
+def test_what_keeps_the_daemon_from_starting_here_is_said_by_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_stranger(monkeypatch)
+    for name in ("ours", "theirs", "ours/open/operator", "ours/link"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ours/open/operator").chmod(0o777)
+    (tmp_path / "ours/file").write_text("")
+    (tmp_path / "ours/link.jsonl").symlink_to("file")
+
+    def said(more: str, uid: str = "uid: 5") -> list[str]:
+        return obstacles(parse(GOOD.replace("uid: 5", uid) + more, "x", tmp_path))
+
+    assert said("run_dir: ours/run\naudit: {file: ours/audit.jsonl}") == []
+    assert said("run_dir: ours/run", "uid: 5, gid: 77") == [
+        "agents: a: gid 77: the sidecar is not in that group; add it to it"
+    ]
+    for more, says in (
+        ("run_dir: theirs/run", f"run_dir: {tmp_path}/theirs cannot be written in as uid 2102"),
+        ("run_dir: ours/file", f"run_dir: {tmp_path}/ours/file is not a directory"),
+        ("run_dir: ours/" + "r" * 100, "run_dir: "),
+        ("run_dir: ours/open", f"run_dir: {tmp_path}/ours/open/operator is uid {os.getuid()}'s and others may write in it"),
+        ("run_dir: ours/run\naudit: {file: nowhere/audit.jsonl}", f"audit.file: {tmp_path}/nowhere/audit.jsonl cannot be opened: No such"),
+        ("run_dir: ours/run\naudit: {file: theirs/audit.jsonl}", "audit.file: "),
+        ("run_dir: ours/run\naudit: {file: ours/open}", "audit.file: "),
+        ("run_dir: ours/run\naudit: {file: ours/link.jsonl}", "audit.file: "),
+    ):  # fmt: skip
+        lines = said(more)
+        assert lines and all(line.startswith(says) for line in lines), lines

@@ -13,6 +13,7 @@ import pytest
 from sidecar.cli.stage import Stage
 from sidecar.control.health import HealthServer
 from sidecar.control.sockets import Socket
+from sidecar.errors import ConfigError
 
 SIDECAR, AGENT, SHARED = 2102, 2000, 2200
 _BOTH = """
@@ -105,6 +106,13 @@ async def test_root_takes_the_directory_of_a_socket(volume: Path) -> None:
     status = (volume / "operator").stat()
     await socket.stop(0)
     assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
+
+
+async def test_a_path_that_no_socket_can_have_is_said(tmp_path: Path) -> None:
+    socket = Socket(tmp_path / ("r" * 107) / "operator.sock", (), lambda _: None, None, lambda: True)
+    with pytest.raises(ConfigError, match="run_dir: .* bytes, a socket's path 107 at most; set a shorter"):
+        await socket.start()
+    assert not list(tmp_path.iterdir())
 
 
 async def test_probes_answer_when_every_socket_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
