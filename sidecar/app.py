@@ -182,7 +182,14 @@ class App:
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():
             self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router))
-        ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
+        ops = AdminOps(
+            self.registry,
+            self.broker,
+            self.page.response,
+            self.reload,
+            agents=lambda: self.callers.agents,
+            tools=lambda: [tool.name for tool in self.plane.router.tools],
+        )
         self._sockets.append(operator_socket(run_dir, ops))
 
     async def stop(self) -> int:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ class _Verbs(TyperGroup):
         if cmd_name not in _VERBS:
             return None
         module = importlib.import_module(f"sidecar.cli.{cmd_name}")
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         cls = _Exec if cmd_name == "exec" else TyperCommand
         settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if cls is _Exec else {}
         app.command(cmd_name, cls=cls, help=module.__doc__, context_settings=settings)(module.command)
@@ -57,7 +58,9 @@ def _sentence(verb: str) -> str:
     return " ".join(words).partition(". ")[0].removesuffix(".") + "."
 
 
-app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,4 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     # Its fork handlers only log here: the children that we start exec at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="spanlock")
+    words = list(arguments) if arguments is not None else sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no `…` is shown a `?`
+    try:
+        try:
+            app(args=words, prog_name="spanlock")
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if words[:1] == ["run"]:
+            raise  # a daemon's bug: where it happened counts
+        print(f"spanlock: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has no place to go
+        sys.exit(125 if words[:1] == ["exec"] else 1)
