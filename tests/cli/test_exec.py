@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import pty
+import select
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -135,15 +137,30 @@ async def test_kill_9_of_exec_closes_the_workflow_and_tells_the_command(stage: S
     assert told.read_text() == "told\n"
 
 
-def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[int, bytes]:
-    """Runs `words` as a shell would in a terminal; types `keys` when it says "ready". The status, and what was on the screen."""
+def forked(words: list[str], env: dict[str, str]) -> tuple[int, int]:
+    """Starts `words` in a terminal of its own: its process, and the terminal's other end."""
     pid, master = pty.fork()
     if pid == 0:
+        for number in (signal.SIGINT, signal.SIGQUIT):  # under nohup they are ignored, and would be so here
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(words[0], words, env)
+    return pid, master
+
+
+def shown(pid: int, master: int) -> bytes:
+    """What comes next. Raises OSError at the end, to which a command that is silent for too long is brought."""
+    if not select.select([master], [], [], 25.0)[0]:
+        os.kill(pid, signal.SIGKILL)
+    return os.read(master, 4096)
+
+
+def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[int, bytes]:
+    """Runs `words` as a shell would in a terminal; types `keys` when it says "ready". The status, and what was on the screen."""
+    pid, master = forked(words, env)
     screen, typed = b"", False
     while True:
         try:
-            screen += os.read(master, 4096)
+            screen += shown(pid, master)
         except OSError:  # EIO: the last process of the terminal is gone
             break
         if b"ready" in screen and not typed:
@@ -156,18 +173,16 @@ def in_a_terminal(words: list[str], env: dict[str, str], keys: bytes) -> tuple[i
 
 def typed_in(words: list[str], env: dict[str, str], typed: list[tuple[bytes, bytes]]) -> bytes:
     """Runs `words` in a terminal and types each answer once what comes before it is on the screen. All that was on it."""
-    pid, master = pty.fork()
-    if pid == 0:
-        os.execvpe(words[0], words, env)
+    pid, master = forked(words, env)
     screen, seen = b"", 0
     try:
         for prompt, answer in typed:
             while (found := screen.find(prompt, seen)) < 0:
-                screen += os.read(master, 4096)
+                screen += shown(pid, master)
             seen = found + len(prompt)
             os.write(master, answer)
         while True:
-            screen += os.read(master, 4096)
+            screen += shown(pid, master)
     except OSError:  # EIO: the last process of the terminal is gone
         return screen
     finally:
