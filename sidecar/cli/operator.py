@@ -51,7 +51,7 @@ def _run_dir(config: str | None) -> Path:
     """As the daemon finds it; of a configuration that is broken otherwise too, since that is when an operator asks."""
     file = strict_yaml.named(config)
     named = strict_yaml.run_dir(file) if file is not None else None
-    return named or Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock"))
+    return named or Path(os.environ.get("SPANLOCK_RUN_DIR") or "/run/spanlock")
 
 
 def _why(path: Path) -> str:

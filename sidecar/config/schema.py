@@ -36,7 +36,7 @@ class Settings(Section):
     audit: AuditConfig = AuditConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     run_dir: ConfigFile = Field(
-        default_factory=lambda: os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock"),
+        default_factory=lambda: os.environ.get("SPANLOCK_RUN_DIR") or "/run/spanlock",
         description="Directory of the agents' and the operator's sockets. Default: SPANLOCK_RUN_DIR, then /run/spanlock.",
     )
 

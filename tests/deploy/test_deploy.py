@@ -153,6 +153,31 @@ def test_shell_scripts_parse() -> None:
         subprocess.run(["bash", "-n", str(script)], check=True)
 
 
-def test_entries_separate_by_container() -> None:
-    text = (DEPLOY / "spire-entries.sh").read_text()
-    assert "k8s:container-name:spanlock" in text and "unix:uid:2102" in text
+def registered(tmp_path: Path, *words: str, **variables: str) -> tuple[int, list[str], str]:
+    """What the script makes of these words: its status, what it tells spire-server, and what it says."""
+    server = tmp_path / "spire-server"
+    server.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    server.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", **variables}
+    script = ["bash", str(DEPLOY / "spire-entries.sh"), *words]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_entries_separate_by_container_or_by_uid(tmp_path: Path) -> None:
+    status, told, _ = registered(tmp_path, "spiffe://td/parent")
+    assert status == 0 and "k8s:container-name:spanlock" in told and "k8s:container-image:spanlock:0.1.0" in told
+    assert "unix:uid:2102" in registered(tmp_path, "spiffe://td/parent", "uid")[1]
+
+
+def test_entries_are_of_whom_one_says(tmp_path: Path) -> None:
+    mine = {"SPIFFE_ID": "spiffe://td/mine", "SIDECAR_UID": "77", "NAMESPACE": "n"}
+    status, told, _ = registered(tmp_path, "spiffe://td/parent", "uid", **mine)
+    assert status == 0 and told[told.index("-spiffeID") + 1] == "spiffe://td/mine" and "unix:uid:77" in told
+    assert "k8s:ns:n" in registered(tmp_path, "spiffe://td/parent", "kubernetes", **mine)[1]
+
+
+@pytest.mark.parametrize("words", [[], [""], ["spiffe://td/parent", "bogus"], ["spiffe://td/parent", "uid", "more"]])
+def test_entries_that_make_no_sense_are_none(tmp_path: Path, words: list[str]) -> None:
+    status, told, said = registered(tmp_path, *words)
+    assert (status, told) == (2, []) and said.startswith("usage: ") and "SIDECAR_UID" in said
