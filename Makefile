@@ -9,12 +9,13 @@ help:            ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sidecar,otel,dev]'
+	@echo "installing into $(VENV), about a minute (needs a package index)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[sidecar,otel,dev]'
 	@touch $@
 
 demo: $(STAMP)   ## the main job in one command, on the embedded identity and token service
-	$(BIN)/spanlock demo $(ARGS)
+	@$(BIN)/spanlock demo $(ARGS)
 
 test: $(STAMP)   ## everything that needs only Python
 	$(BIN)/pytest $(ARGS)

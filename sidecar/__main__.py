@@ -11,7 +11,7 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name != "typer":
             raise
-        sys.exit("spanlock: this is the library alone; the command comes with: pip install 'spanlock[sidecar]'")
+        sys.exit("spanlock: this is the library alone; the command comes with, in a checkout: pip install '.[sidecar]'")
     command.main()
 
 

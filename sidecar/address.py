@@ -10,6 +10,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+MAX_SOCKET_PATH = 107
+"""Bytes of a Unix socket's path (unix(7)): 108 with the NUL."""
+
 _NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*"
 _IPV6 = r"\[([0-9A-Fa-f.]*:[0-9A-Fa-f:.]*)\]"
 _ADDRESS = re.compile(rf"(?:{_IPV6}|({_NAME})):([0-9]{{1,5}})")

@@ -21,7 +21,7 @@ from sidecar.config.schema import Settings
 from sidecar.control.admin_service import AdminOps
 from sidecar.control.health import HealthServer
 from sidecar.control.sockets import Socket, agent_socket, operator_socket
-from sidecar.control.status import StatusPage
+from sidecar.control.status import Reloads, StatusPage
 from sidecar.control.workflows_service import Doors
 from sidecar.credentials.broker import Broker
 from sidecar.credentials.exchangers.registry import build_exchanger
@@ -123,12 +123,14 @@ class App:
             settings.otlp, self.find_caller, lambda uid: self.callers.by_uid(uid), self.registry.span_ended, clock,
             Path(settings.run_dir) / "operator",
         )  # fmt: skip
+        self._reloads = Reloads(clock.now())
         self.addresses: dict[str, str] = {}
         """Listener to the address it is bound to."""
         self.page = StatusPage(
             started_at=clock.now(), registry=self.registry, broker=self.broker, svids=self.svids, decider=self.decider,
             audit=self.audit, callers=lambda: self.callers, draining=lambda: self.plane.draining,
-            denials=lambda: list(self.plane.denials), ca_fingerprint=self.plane.ca.fingerprint, addresses=self.addresses,
+            denials=lambda: list(self.plane.denials), reloads=lambda: self._reloads,
+            ca_fingerprint=self.plane.ca.fingerprint, addresses=self.addresses,
         )  # fmt: skip
         self.health = (
             HealthServer(settings.health, self.page.ready, self.metrics) if settings.health is not None else None
@@ -161,11 +163,11 @@ class App:
         if listeners.reverse is not None:
             self.addresses["reverse"] = await self.listeners.open(listeners.reverse, "reverse")
         await self.otlp.start()
-        if self.health is not None:
-            await self.health.start()
         for socket in self._sockets:
             await socket.start()
         self.registry.restarted(self.roll.start())
+        if self.health is not None:
+            await self.health.start()  # last: a pod's agent starts when the probe passes, and needs its socket then
         self.log.info("started", version=__version__, listeners=self.addresses, run_dir=self.settings.run_dir)
 
     def _make_sockets(self) -> None:
@@ -184,7 +186,14 @@ class App:
         for agent in self.callers.agents.values():
             most = self.settings.workflows.max_open_per_agent
             self._sockets.append(agent_socket(run_dir, agent, doors, lambda: self.plane.router, self.clock, most))
-        ops = AdminOps(self.registry, self.broker, self.page.response, self.reload)
+        ops = AdminOps(
+            self.registry,
+            self.broker,
+            self.page.response,
+            self.reload,
+            agents=lambda: self.callers.agents,
+            tools=lambda: [tool.name for tool in self.plane.router.tools],
+        )
         self._sockets.append(operator_socket(run_dir, ops, self.clock))
 
     async def stop(self) -> int:
@@ -231,6 +240,8 @@ class App:
             return self._apply(load(self.path))
         except ConfigError as error:
             self.log.error("reload_refused", detail=error.detail)
+            since = self._reloads.refused_since or self.clock.now()
+            self._reloads = Reloads(self._reloads.at, since, error.detail.replace("\n", "; "))
             return admin_pb2.ReloadResponse(
                 applied=False, errors=error.detail.split("\n"), policy_epoch=self.decider.epoch
             )
@@ -257,6 +268,7 @@ class App:
         self.svids.replace_agents(list(agents.values()))
         self.plane.router = router
         self.settings = settings
+        self._reloads = Reloads(self.clock.now())
         for name in dismissed:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:

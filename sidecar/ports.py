@@ -74,4 +74,4 @@ class AuditSink(Protocol):
 
 
 Health = Mapping[str, object]
-"""One dependency's row of `status`: name, ok, since, last_error, next_try, effect."""
+"""One dependency's row of `status`: name, ok, state, since, last_error, next_try, effect."""

@@ -25,6 +25,22 @@ class FileSink:
         os.close(self._descriptor)
 
 
+def obstacle(path: str) -> str:
+    """Why no `FileSink` could be opened on `path` by this process; empty when one could. Makes nothing."""
+    try:
+        if not os.path.lexists(path):
+            directory = os.path.dirname(path) or "."
+            os.stat(directory)
+            path = directory
+        elif stat.S_ISLNK(mode := os.lstat(path).st_mode):
+            return os.strerror(errno.ELOOP)
+        elif stat.S_ISDIR(mode):
+            return os.strerror(errno.EISDIR)
+        return "" if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        return str(error.strerror)
+
+
 class StdoutSink:
     """Writes to standard output in a thread: a reader that stalls must not stop calls, closes and revocations."""
 

@@ -7,6 +7,7 @@ import typer
 
 from sidecar.config.advice import warnings
 from sidecar.config.load import find_config, load
+from sidecar.config.obstacles import obstacles
 from sidecar.errors import ConfigError
 from sidecar.policy.load import load_policy
 
@@ -20,10 +21,10 @@ def command(
     try:
         path = find_config(config)
         settings = load(path)
-        notes = warnings(settings)
-        load_policy(settings.policy)
+        errors = obstacles(settings)
+        notes = warnings(settings, load_policy(settings.policy))
     except ConfigError as error:
-        errors = error.detail.split("\n")
+        errors += error.detail.split("\n")
     if as_json:
         print(json.dumps({"ok": not errors, "errors": errors, "warnings": notes}))
     else:

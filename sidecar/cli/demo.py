@@ -4,6 +4,8 @@ be installed, and all sockets are real. Shows each credential's life, and the pr
 import asyncio
 import json
 import os
+import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -70,10 +72,31 @@ def command(
     as_json: bool = typer.Option(False, "--json", help="One JSON object a line; the last has the measurements."),
 ) -> None:
     configure("error", "console")
-    raise typer.Exit(uvloop.run(_demo(crash, attack, keep, as_json)))
+    ended: list[int] = []
+    try:
+        status = uvloop.run(_demo(crash, attack, keep, as_json, ended))
+    except asyncio.CancelledError:
+        status = 128 + ended[0]
+    raise typer.Exit(status)
 
 
-async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool) -> int:
+def _end_tidily(ended: list[int]) -> None:
+    """A signal to end leaves nothing behind: the stage's files hold secrets. One that is ignored (nohup) stays so."""
+    task = asyncio.current_task()
+    if task is None:
+        return
+
+    def end(number: int) -> None:
+        ended.append(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            asyncio.get_running_loop().add_signal_handler(number, end, int(number))
+
+
+async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool, ended: list[int]) -> int:
+    _end_tidily(ended)
     async with Stage() as stage:
         clock = stage.app.clock
         story = Story(as_json, clock, clock.monotonic())
@@ -84,11 +107,15 @@ async def _demo(crash: bool, attack: bool, keep: bool, as_json: bool) -> int:
             story.tell("broken off", f"the story did not come to its end: {type(error).__name__}", False)
         story.facts["ok"] = story.ok
         if as_json:
+            if keep:
+                story.tell("keep", "it runs on; SIGINT or SIGTERM ends it", **_kept(stage))
             print(json.dumps(story.facts), flush=True)
         else:
             print(f"\n{'All of it happened.' if story.ok else 'Something did NOT happen; see FAIL above.'}", flush=True)
+            if keep:
+                _show_kept(stage)
         if keep:
-            await _keep(stage)
+            await asyncio.Event().wait()
         return 0 if story.ok else 1
 
 
@@ -213,7 +240,7 @@ def _tell_end(story: Story, report: pb.CloseResponse, reason: str, credentials: 
         story.tell("revoked", text, end.at_issuer == "confirmed", residual_seconds=seconds(end))
     story.tell(
         "revoked",
-        f"the issuer has confirmed {len(report.leases)} credentials after {revoked:.1f} ms",
+        f"the issuer has confirmed {len(report.leases)} credential{'s' * (len(report.leases) != 1)} after {revoked:.1f} ms",
         len(report.leases) == credentials,
     )
 
@@ -262,24 +289,36 @@ async def _raw(port: int, request: str) -> bytes:
     return answer
 
 
-async def _keep(stage: Stage) -> None:
-    """Leaves everything running until Ctrl-C."""
+def _kept(stage: Stage) -> dict[str, Any]:
+    """Where what is left running is reached."""
     ca = stage.dir / "sidecar-ca.pem"
     ca.write_text(stage.app.plane.ca.pem)
-    reverse = stage.app.addresses["reverse"]
-    print(f"\nRunning; Ctrl-C ends it. In another shell:\n\n  export SPANLOCK_RUN_DIR={stage.dir}/run")
-    print(f"  spanlock exec -- curl -s https://{stage.search.host}:{stage.search.port}/v1/items")
+    return {
+        "path": str(Path(sys.executable).parent),
+        "run_dir": f"{stage.dir}/run",
+        "agent_socket": str(stage.agent_socket),
+        "url": f"https://{stage.search.host}:{stage.search.port}/v1/items",
+        "base_url": f"http://{stage.app.addresses['reverse']}/search/",
+        "ca": str(ca),
+    }
+
+
+def _show_kept(stage: Stage) -> None:
+    """Lines to paste into another shell, whose PATH knows nothing of where this is installed."""
+    kept = _kept(stage)
+    print("\nRunning; Ctrl-C ends it. In another shell:\n")
+    print(f"  export PATH={shlex.quote(kept['path'])}:$PATH SPANLOCK_RUN_DIR={shlex.quote(kept['run_dir'])}")
+    print(f"  spanlock exec -- curl -s {kept['url']}")
     print("  spanlock status; spanlock workflows; spanlock leases")
     print(f"""
 # the same in Python:
 python3 - <<'END'
 import urllib.request
 from sidecar.client.workflow import workflow
-with workflow("pasted", socket="{stage.agent_socket}") as work:
-    request = urllib.request.Request("http://{reverse}/search/v1/items", headers={{"x-spanlock-workflow": work.handle}})
+with workflow("pasted", socket="{kept["agent_socket"]}") as work:
+    request = urllib.request.Request("{kept["base_url"]}v1/items", headers={{"x-spanlock-workflow": work.handle}})
     print(urllib.request.urlopen(request).read().decode())
 print(work.report)
 END
 """)
-    print(f"  # base URL for SDKs inside a workflow: http://{reverse}/search/   (CA: {ca})", flush=True)
-    await asyncio.Event().wait()
+    print(f"  # base URL for SDKs inside a workflow: {kept['base_url']}   (CA: {kept['ca']})", flush=True)

@@ -10,11 +10,12 @@ def command(
     workflow: str = typer.Option("", "--workflow", help="Of this workflow only."),
     agent: str = typer.Option("", "--agent", help="Of this agent only."),
     tool: str = typer.Option("", "--tool", help="For this tool only."),
+    config: str | None = operator.CONFIG,
     socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
     request = pb.LeasesRequest(workflow_id=workflow, agent=agent, tool=tool)
-    found: pb.LeasesResponse = operator.call(socket, lambda stub: stub.Leases(request, timeout=5))
+    found: pb.LeasesResponse = operator.call(socket, config, lambda stub: stub.Leases(request, timeout=5))
     if as_json:
         print(operator.as_json(found))
         return

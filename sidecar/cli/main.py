@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import io
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ class _Verbs(TyperGroup):
         if cmd_name == "exec" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it handles a Ctrl-C itself: 130, not 1 and "Aborted!"
         module = importlib.import_module(f"sidecar.cli.{cmd_name}")
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         cls = _Exec if cmd_name == "exec" else TyperCommand
         settings = {"ignore_unknown_options": True, "allow_interspersed_args": False} if cls is _Exec else {}
         app.command(cmd_name, cls=cls, help=module.__doc__, context_settings=settings)(module.command)
@@ -60,7 +61,9 @@ def _sentence(verb: str) -> str:
     return " ".join(words).partition(". ")[0].removesuffix(".") + "."
 
 
-app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    cls=_Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,4 +85,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The console script."""
     # Its fork handlers only log here: the children that we start exec at once.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    app(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="spanlock")
+    words = list(arguments) if arguments is not None else sys.argv[1:]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no `…` is shown a `?`
+    try:
+        try:
+            app(args=words, prog_name="spanlock")
+        finally:
+            if sys.stdout is not None:  # as it is when it was closed
+                sys.stdout.flush()
+    except OSError as error:
+        if words[:1] == ["run"]:
+            raise  # a daemon's bug: where it happened counts
+        print(f"spanlock: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer has no place to go
+        sys.exit(125 if words[:1] == ["exec"] else 1)

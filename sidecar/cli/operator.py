@@ -13,25 +13,45 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from sidecar.config import strict_yaml
+from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import admin_pb2_grpc
 
 _Answer = TypeVar("_Answer")
-SOCKET = typer.Option(None, "--socket", help="Operator socket. Default: SPANLOCK_RUN_DIR/operator/operator.sock.")
+SOCKET = typer.Option(None, "--socket", help="Operator socket. Default: operator/operator.sock in run_dir.")
+CONFIG = typer.Option(
+    None, "-c", "--config", help="spanlock.yaml, for its run_dir. Default: SPANLOCK_CONFIG, then SPANLOCK_RUN_DIR."
+)
 JSON = typer.Option(False, "--json", help="One JSON object.")
 
 
-def call(socket: str | None, ask: Callable[[admin_pb2_grpc.AdminStub], _Answer]) -> _Answer:
-    """Calls the Admin service. Exits 1 with one line when the daemon does not answer or refuses."""
-    path = (
-        Path(socket) if socket else Path(os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock")) / "operator/operator.sock"
-    )
+def call(socket: str | None, config: str | None, ask: Callable[[admin_pb2_grpc.AdminStub], _Answer]) -> _Answer:
+    """Calls the Admin service. Exits 1 with one line when the daemon does not answer or refuses, 2 without a configuration."""
+    try:
+        path = Path(socket) if socket else _run_dir(config) / "operator/operator.sock"
+    except ConfigError as error:
+        print(f"spanlock: {error.detail}", file=sys.stderr)
+        raise typer.Exit(2) from None
     with grpc.insecure_channel(f"unix:{path}") as channel:
         try:
             return ask(admin_pb2_grpc.AdminStub(channel))  # type: ignore[no-untyped-call]
         except grpc.RpcError as error:
-            unavailable = error.code() is grpc.StatusCode.UNAVAILABLE
-            print(f"spanlock: {_why(path) if unavailable else error.details()}", file=sys.stderr)
+            match error.code():
+                case grpc.StatusCode.UNAVAILABLE:
+                    why = _why(path)
+                case grpc.StatusCode.UNIMPLEMENTED:
+                    why = f"{path} is an agent's socket; the operator's is operator/operator.sock in run_dir"
+                case _:
+                    why = str(error.details())
+            print(f"spanlock: {why}", file=sys.stderr)
             raise typer.Exit(1) from None
+
+
+def _run_dir(config: str | None) -> Path:
+    """As the daemon finds it; of a configuration that is broken otherwise too, since that is when an operator asks."""
+    file = strict_yaml.named(config)
+    named = strict_yaml.run_dir(file) if file is not None else None
+    return named or Path(os.environ.get("SPANLOCK_RUN_DIR") or "/run/spanlock")
 
 
 def _why(path: Path) -> str:
@@ -45,7 +65,7 @@ def _why(path: Path) -> str:
         allowed = True
     if not allowed:
         return f"{path} is for the sidecar's own user; run this as that user, or as root"
-    return f"no sidecar answers on {path}; start it with `spanlock run`, or set SPANLOCK_RUN_DIR"
+    return f"no sidecar answers on {path}; start it with `spanlock run`, or name it: -c FILE, or SPANLOCK_RUN_DIR"
 
 
 def as_json(message: Message) -> str:

@@ -21,16 +21,22 @@ def command(
         "--reissue",
         help="The next use gets a new credential; without it, the workflows that are open now get none.",
     ),
+    config: str | None = operator.CONFIG,
     socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
     if not (workflow or agent or tool or everything):
         print("spanlock: say which: --workflow, --agent, --tool or --all", file=sys.stderr)
         raise typer.Exit(2)
+    if everything and (workflow or agent or tool):
+        print("spanlock: --all is everything: say it alone, or name which without it", file=sys.stderr)
+        raise typer.Exit(2)
     request = pb.RevokeRequest(workflow_id=workflow, agent=agent, tool=tool, all=everything, reissue=reissue)
-    done: pb.RevokeResponse = operator.call(socket, lambda stub: stub.Revoke(request, timeout=30))
+    done: pb.RevokeResponse = operator.call(socket, config, lambda stub: stub.Revoke(request, timeout=30))
     if as_json:
         print(json.dumps(_with_null(operator.as_dict(done), done)))
+    elif not done.ends:
+        print("nothing matched: no credential was held")
     else:
         rows = [(e.lease_id, e.tool, e.at_issuer, residual(e), e.uses) for e in done.ends]
         print(operator.table(("LEASE", "TOOL", "AT THE ISSUER", "RESIDUAL", "USES"), rows))

@@ -16,6 +16,7 @@ from sidecar.config.advice import warnings
 from sidecar.config.load import embedded, find_config, load
 from sidecar.config.schema import Settings
 from sidecar.errors import ConfigError
+from sidecar.policy.load import load_policy
 from sidecar.telemetry.logging import configure, logger
 
 _PR_SET_DUMPABLE = 4
@@ -35,7 +36,7 @@ def command(
         configure(settings.telemetry.log_level, settings.telemetry.log_format)
         _harden()
         if embedded_in is None:
-            for line in warnings(settings):
+            for line in warnings(settings, load_policy(settings.policy)):
                 logger("config").warning("allowed", detail=line)
         status = uvloop.run(_serve(settings, path))
     except ConfigError as error:

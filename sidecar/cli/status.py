@@ -1,4 +1,5 @@
-"""What works, what does not, since when, when it is tried again, and what that means for calls."""
+"""What works, what does not, since when, when it is tried again, and what that means for calls. Exits 0 when ready,
+3 when not, 1 when no sidecar answers."""
 
 import typer
 
@@ -6,8 +7,10 @@ from sidecar.cli import operator
 from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 
-def command(socket: str | None = operator.SOCKET, as_json: bool = operator.JSON) -> None:
-    status: pb.StatusResponse = operator.call(socket, lambda stub: stub.Status(pb.StatusRequest(), timeout=5))
+def command(
+    config: str | None = operator.CONFIG, socket: str | None = operator.SOCKET, as_json: bool = operator.JSON
+) -> None:
+    status: pb.StatusResponse = operator.call(socket, config, lambda stub: stub.Status(pb.StatusRequest(), timeout=5))
     if as_json:
         print(operator.as_json(status))
     else:
@@ -26,7 +29,7 @@ def _print(status: pb.StatusResponse) -> None:
     rows = [
         (
             d.name,
-            "ok" if d.ok else "DOWN",
+            d.state if d.ok else d.state.upper(),
             operator.when(d.since),
             d.last_error or "-",
             operator.when(d.next_try),

@@ -8,11 +8,12 @@ from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 def command(
     agent: str = typer.Option("", "--agent", help="Of this agent only."),
+    config: str | None = operator.CONFIG,
     socket: str | None = operator.SOCKET,
     as_json: bool = operator.JSON,
 ) -> None:
     found: pb.ListWorkflowsResponse = operator.call(
-        socket, lambda stub: stub.ListWorkflows(pb.ListWorkflowsRequest(agent=agent), timeout=5)
+        socket, config, lambda stub: stub.ListWorkflows(pb.ListWorkflowsRequest(agent=agent), timeout=5)
     )
     if as_json:
         print(operator.as_json(found))

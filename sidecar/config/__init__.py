@@ -1,2 +1,3 @@
-"""`schema` (each package's section, and what must hold between them), `load` (reads and checks a file), `advice` (what is
-allowed and should be known), `json_schema` (for editors)."""
+"""`schema` (each package's section, and what must hold between them), `strict_yaml` and `load` (read and check a file),
+`obstacles` (what keeps a valid one from starting here), `advice` (what is allowed and should be known), `json_schema` (for
+editors)."""

@@ -10,13 +10,25 @@ from sidecar.config.schema import Settings
 from sidecar.credentials.config import StaticConfig
 from sidecar.identity.callers import Callers, isolation
 from sidecar.model.caller import Isolation
+from sidecar.policy.load import LoadedPolicy
 from sidecar.proxy.egress import stays_here
 from sidecar.tools.names import embeds_ip
 
 
-def warnings(settings: Settings) -> list[str]:
+def warnings(settings: Settings, policy: LoadedPolicy) -> list[str]:
     """One line each, with the key. Looks at the files that are named, as this user on this machine."""
-    return [*_agents(settings), *_issuers(settings), *_tools(settings)]
+    parts = (_spiffe(settings), _agents(settings), _issuers(settings), _tools(settings), _policy(settings, policy))
+    return [line for part in parts for line in part]
+
+
+def _spiffe(settings: Settings) -> Iterator[str]:
+    path = settings.spiffe.socket.removeprefix("unix://")
+    if path != settings.spiffe.socket:
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                yield f"spiffe.socket: {path} is not a socket: there is no identity, and calls fail"
+        except OSError as error:
+            yield f"spiffe.socket: {path}: {error.strerror}: there is no identity, and calls fail, until it is there"
 
 
 def _agents(settings: Settings) -> Iterator[str]:
@@ -28,6 +40,11 @@ def _agents(settings: Settings) -> Iterator[str]:
             yield (
                 f"agents: {agent.name} runs as the sidecar's own uid (isolation same-uid): "
                 "it can fetch the same SVID and read the sidecar's sockets"
+            )
+        elif os.geteuid() != 0 and agent.gid is None:
+            yield (
+                f"agents: {agent.name}: its socket is open to the sidecar's group {os.getegid()}, and uid {agent.uid} must "
+                "be in it; set gid to a group that both are in"
             )
 
 
@@ -56,6 +73,24 @@ def _tools(settings: Settings) -> Iterator[str]:
             yield from _bundle(f"{key}.ca_file", tool.ca_file)
         if tool.introspection is not None:
             yield from _secret(f"{key}.introspection.secret_file", tool.introspection.secret_file)
+
+
+def _policy(settings: Settings, policy: LoadedPolicy) -> Iterator[str]:
+    """Names that are nobody's: such a policy permits nothing, or forbids nothing."""
+    if not policy.obligations:
+        yield "policy.files: there is no policy in them: everything is denied"
+    tools = {tool.name for tool in settings.tools}
+    known = {"Spanlock::Agent": {agent.name for agent in settings.agents}, "Spanlock::Tool": tools}
+    for kind, name in sorted(policy.named):
+        if kind in known and name not in known[kind]:
+            word = kind.rpartition(":")[2]
+            yield f'policy: {kind}::"{name}" is no {word.lower()} of this configuration'
+    if not all(tool.scopes for tool in settings.tools):
+        return  # one that has none configured gets those of policy
+    scopes = {scope for tool in settings.tools for scope in tool.scopes}
+    for obligation in policy.obligations.values():
+        for scope in sorted((obligation.scopes or frozenset()) - scopes):
+            yield f"policy: {obligation.id}: @scopes: {scope} is a scope of no tool"
 
 
 def _bundle(key: str, path: str) -> Iterator[str]:

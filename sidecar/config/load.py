@@ -1,46 +1,22 @@
 """Reads spanlock.yaml: strict YAML, every problem with its key path. Never from the working directory unasked (L3)."""
 
-import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from sidecar.config import strict_yaml
 from sidecar.config.schema import Settings
 from sidecar.errors import ConfigError, Reason
 from sidecar.proxy.config import ListenersConfig
 
-_MAX_FILE = 1 << 20
 _DEFAULT = Path("/etc/spanlock/spanlock.yaml")
-
-
-class _Strict(yaml.SafeLoader):
-    """Refuses duplicate keys and aliases: both hide what a reader would think is there."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, "keys must be text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported")
-        return super().compose_node(parent, index)
 
 
 def find_config(explicit: str | None) -> Path:
     """-c, then SPANLOCK_CONFIG, then /etc/spanlock/spanlock.yaml. Raises `ConfigError` when there is none."""
-    named = explicit or os.environ.get("SPANLOCK_CONFIG")
-    path = Path(named) if named else _DEFAULT
+    path = strict_yaml.named(explicit) or _DEFAULT
     if not path.is_file():
         raise ConfigError(Reason.CONFIG_INVALID, f"{path} does not exist; name the configuration with -c FILE")
     return path
@@ -48,31 +24,16 @@ def find_config(explicit: str | None) -> Path:
 
 def load(path: Path) -> Settings:
     """The validated settings. Raises `ConfigError` whose detail holds one line a problem."""
-    try:
-        if path.stat().st_size > _MAX_FILE:
-            raise ConfigError(Reason.CONFIG_INVALID, f"{path} is over 1 MiB")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise ConfigError(Reason.CONFIG_INVALID, f"{path} cannot be read ({type(error).__name__})") from None
-    return parse(text, str(path), path.parent)
+    return parse(strict_yaml.read(path), str(path), path.parent)
 
 
 def parse(text: str, name: str, directory: Path) -> Settings:
     """The same from text; `name` is for messages, relative files are in `directory`. Raises `ConfigError`."""
-    try:
-        raw = yaml.load(text, Loader=_Strict)  # noqa: S506 - a SafeLoader made stricter
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(
-            Reason.CONFIG_INVALID, f"{name}{where}: {getattr(error, 'problem', 'not valid YAML')}"
-        ) from None
-    if not isinstance(raw, dict):
-        raise ConfigError(Reason.CONFIG_INVALID, f"{name}: the top level must be keys such as agents: and tools:")
+    raw = strict_yaml.keys(text, name)
     try:
         return Settings.model_validate(raw, context={"directory": directory.resolve()})
     except ValidationError as error:
-        raise ConfigError(Reason.CONFIG_INVALID, "\n".join(_line(problem) for problem in error.errors())) from None
+        raise ConfigError(Reason.CONFIG_INVALID, "\n".join(_lines(error.errors()))) from None
 
 
 def embedded(settings: Settings, run_dir: str) -> Settings:
@@ -93,14 +54,36 @@ _FIXES = {
     "missing": "add it",
     "union_tag_not_found": "add kind: token_exchange or kind: static",
 }
+_WORDS = {
+    "too_short": "write at least one entry",
+    "tuple_type": "write a list: [...]",
+    "model_type": "write keys and values: {key: value}",
+    "model_attributes_type": "write keys and values: {key: value}",
+    "ip_v4_network": "write a network: 10.1.0.0/16 or fd00::/8",
+    "ip_v6_network": "write a network: 10.1.0.0/16 or fd00::/8",
+}
+"""Where pydantic speaks of Python's types."""
+
+
+def _lines(problems: Sequence[Any]) -> Iterable[str]:
+    """One line a problem. A list whose entries are wrong is not told to be empty as well."""
+    places = [problem["loc"] for problem in problems]
+    told = [p for p in problems if p["type"] != "too_short" or not any(_inside(p["loc"], place) for place in places)]
+    return dict.fromkeys(map(_line, told))
+
+
+def _inside(outer: tuple[Any, ...], inner: tuple[Any, ...]) -> bool:
+    return len(inner) > len(outer) and inner[: len(outer)] == outer
 
 
 def _line(problem: Any) -> str:
     """`tools[0].url: what is wrong; fix: what to do`. The input itself is left out: it may be a secret in a wrong place."""
     path = ""
     for part in problem["loc"]:
-        if part not in ("token_exchange", "static"):
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    message = str(problem["msg"]).removeprefix("Value error, ")
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("token_exchange", "static") and not part.startswith("lax-or-strict["):
+            path += f".{part}" if path else part
+    message = _WORDS.get(problem["type"]) or str(problem["msg"]).removeprefix("Value error, ")
     fix = _FIXES.get(problem["type"])
     return f"{path or 'spanlock.yaml'}: {message}" + (f"; fix: {fix}" if fix else "")

@@ -12,7 +12,7 @@ from sidecar.credentials.config import CredentialsConfig, IssuerConfig
 from sidecar.identity.config import AgentConfig, SpiffeConfig
 from sidecar.policy.config import PolicyConfig
 from sidecar.proxy.config import LimitsConfig, ListenersConfig
-from sidecar.section import Section
+from sidecar.section import ConfigFile, Section
 from sidecar.telemetry.config import TelemetryConfig
 from sidecar.tools.config import ToolConfig
 from sidecar.triggers.config import OtlpConfig
@@ -35,9 +35,9 @@ class Settings(Section):
     limits: LimitsConfig = LimitsConfig()
     audit: AuditConfig = AuditConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
-    run_dir: str = Field(
-        default_factory=lambda: os.environ.get("SPANLOCK_RUN_DIR", "/run/spanlock"),
-        description="Directory of the agents' and the operator's sockets.",
+    run_dir: ConfigFile = Field(
+        default_factory=lambda: os.environ.get("SPANLOCK_RUN_DIR") or "/run/spanlock",
+        description="Directory of the agents' and the operator's sockets. Default: SPANLOCK_RUN_DIR, then /run/spanlock.",
     )
 
     @model_validator(mode="after")

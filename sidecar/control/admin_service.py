@@ -1,7 +1,7 @@
 """The operator's service, on the operator's socket only."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from sidecar.control import convert
@@ -22,6 +22,9 @@ class AdminOps:
     broker: Broker
     status: Callable[[], pb.StatusResponse]
     reload: Callable[[], Awaitable[pb.ReloadResponse]]
+    agents: Callable[[], Collection[str]]
+    """The names of those that are declared now."""
+    tools: Callable[[], Collection[str]]
 
 
 class AdminService(admin_pb2_grpc.AdminServicer):
@@ -60,12 +63,27 @@ class AdminService(admin_pb2_grpc.AdminServicer):
     async def Revoke(self, request: pb.RevokeRequest, context: Context) -> pb.RevokeResponse:
         if not (request.workflow_id or request.agent or request.tool or request.all):
             raise CallerError(Reason.INVALID_ARGUMENT, "name workflow_id, agent or tool, or say all")
+        self._refuse_unknown(request)
         workflow, agent = request.workflow_id or None, request.agent or None
         open_now = [w for w in self._ops.registry.remembered(agent) if w.is_open and workflow in (None, w.id)]
         ends = await self._ops.broker.withdraw(
             workflow=workflow, agent=agent, tool=request.tool or None, bar=() if request.reissue else open_now
         )
         return pb.RevokeResponse(ends=[convert.lease_end(end) for end in ends])
+
+    def _refuse_unknown(self, request: pb.RevokeRequest) -> None:
+        """Raises `CallerError` for a name that is nobody's: who mistypes it must not believe that it is revoked."""
+        if request.all and (request.workflow_id or request.agent or request.tool):
+            raise CallerError(Reason.INVALID_ARGUMENT, "all stands alone")
+        if request.workflow_id and self._ops.registry.find(request.workflow_id) is None:
+            raise CallerError(Reason.WORKFLOW_UNKNOWN, f"nothing matched: there is no workflow {request.workflow_id}")
+        leases = self._ops.broker.leases
+        for word, name, known, held in (
+            ("agent", request.agent, self._ops.agents(), leases(agent=request.agent)),
+            ("tool", request.tool, self._ops.tools(), leases(tool=request.tool)),
+        ):
+            if name and name not in known and not held:  # a reload may have removed it before its leases ended
+                raise CallerError(Reason.INVALID_ARGUMENT, f"nothing matched: there is no {word} {name}")
 
     @rescued
     async def Reload(self, request: pb.ReloadRequest, context: Context) -> pb.ReloadResponse:

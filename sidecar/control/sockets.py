@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.clock import Clock
 from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.run_dir import agent_path, cannot_give, claim, operator_path, too_long
 from sidecar.control.serving import HealthService
 from sidecar.control.token_exchange_service import TokenExchangeService
 from sidecar.control.unreadable import RefuseUnreadable
@@ -71,7 +72,9 @@ class Socket:
         """Device and inode of the file that we listen on."""
 
     def refuse_taken(self) -> None:
-        """Raises `ConfigError` when somebody answers on the path. To be asked of every socket before anything is opened."""
+        """Raises `ConfigError` when somebody answers on the path, or none can be there. Asked of all before one is opened."""
+        if why := too_long(self.path):
+            raise ConfigError(Reason.CONFIG_INVALID, f"run_dir: {why}; set a shorter run_dir or SPANLOCK_RUN_DIR")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
@@ -92,10 +95,10 @@ class Socket:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self._owner is None:
-                directory.chmod(0o700)
+                claim(directory, 0o700)
             else:
-                directory.parent.chmod(0o755)
-                directory.chmod(0o755)
+                claim(directory.parent, 0o755)
+                claim(directory, 0o755)
             if self.path.exists() and not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise ConfigError(Reason.CONFIG_INVALID, f"{self.path} exists and is not a socket; remove it")
             fresh = self._fresh()
@@ -144,8 +147,8 @@ class Socket:
             uid = agent.uid if os.geteuid() == 0 and agent.uid != os.getuid() else -1
             try:
                 os.chown(self.path, uid, agent.gid if agent.gid is not None else -1, follow_symlinks=False)
-            except PermissionError:
-                what = f"agents: {agent.name}: gid {agent.gid}: the sidecar is not in that group; add it to it"
+            except PermissionError as error:
+                what = cannot_give(agent) or f"agents: {agent.name}: {self.path} cannot be its own: {error.strerror}"
                 raise ConfigError(Reason.CONFIG_INVALID, what) from None
 
     async def stop(self, grace: float) -> None:
@@ -178,8 +181,7 @@ def agent_socket(
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
-    path = run_dir / "agents" / agent.name / "agent.sock"
-    return Socket(path, _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS)
+    return Socket(agent_path(run_dir, agent.name), _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
@@ -188,8 +190,7 @@ def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
     def add(server: Any) -> None:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
-    path = run_dir / "operator" / "operator.sock"
-    return Socket(path, ("spanlock.v1.Admin",), add, None, lambda: True, clock, SPARE_CALLS)
+    return Socket(operator_path(run_dir), ("spanlock.v1.Admin",), add, None, lambda: True, clock, SPARE_CALLS)
 
 
 DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)

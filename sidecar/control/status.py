@@ -17,7 +17,18 @@ from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 from sidecar.workflows.registry import Registry
 
 Row = dict[str, Any]
-"""One dependency: name, ok, since, last_error, next_try, effect."""
+"""One dependency: name, ok, state, since, last_error, next_try, effect."""
+
+
+@dataclass(frozen=True)
+class Reloads:
+    """How the last reading of the configuration went."""
+
+    at: float
+    """Wall seconds of the last good one."""
+    refused_since: float | None = None
+    """Wall seconds of the first refusal since then."""
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class StatusPage:
     draining: Callable[[], bool]
     denials: Callable[[], list[FlowRecord]]
     """The last refused calls."""
+    reloads: Callable[[], Reloads]
     ca_fingerprint: str
     addresses: Mapping[str, str]
 
@@ -52,11 +64,24 @@ class StatusPage:
         return {name: self.svids.problem(name) for name in self.callers().agents}
 
     def _dependencies(self) -> list[Row]:
-        return [*self.svids.health(), *self.broker.health(), self._policy_row(), self._audit_row()]
+        own = [self._configuration_row(), self._policy_row(), self._audit_row()]
+        return [*self.svids.health(), *self.broker.health(), *own]
+
+    def _configuration_row(self) -> Row:
+        last = self.reloads()
+        refused = last.refused_since is not None
+        return {
+            "name": "configuration",
+            "ok": not refused,
+            "state": "reload refused" if refused else "ok",
+            "since": last.refused_since if refused else last.at,
+            "last_error": last.error,
+            "effect": "the last good configuration and policy are in force" if refused else "",
+        }
 
     def _policy_row(self) -> Row:
         digest = self.decider.digest[:16]
-        return {"name": "policy", "ok": True, "since": self.started_at, "last_error": "", "digest": digest}
+        return {"name": "policy", "ok": True, "since": self.reloads().at, "last_error": "", "digest": digest}
 
     def _audit_row(self) -> Row:
         ok = self.audit.healthy
@@ -98,6 +123,7 @@ def _dependency(row: Row) -> pb.Dependency:
     return pb.Dependency(
         name=row["name"],
         ok=row["ok"],
+        state=row.get("state") or ("ok" if row["ok"] else "down"),
         since=convert.timestamp(row.get("since")),
         last_error=row["last_error"],
         next_try=convert.timestamp(row.get("next_try")),

@@ -23,8 +23,8 @@ class Mint:
         self._exchangers = exchangers
         self._clock = clock
         self._deadline = deadline
-        self._issuers: dict[str, tuple[bool, float, str]] = {}
-        """Issuer to (ok, since in wall seconds, last error)."""
+        self._issuers: dict[str, tuple[SpanlockError | None, float]] = {}
+        """Issuer to what its last exchange failed with, and in wall seconds since when it is well, or is not."""
         self._log = logger("mint")
 
     async def credential(self, held: Held, ttl: float) -> tuple[Credential, bytes]:
@@ -66,27 +66,42 @@ class Mint:
         return credential
 
     def _note(self, issuer: str, error: SpanlockError | None) -> None:
-        ok, detail = error is None, error.detail if error is not None else ""
-        previous = self._issuers.get(issuer)
-        since = previous[1] if previous is not None and previous[0] is ok else self._clock.now()
-        self._issuers[issuer] = (ok, since, detail)
+        """Logs each change, the first answer too: well, or for which other reason not."""
+        known = issuer in self._issuers
+        before, since = self._issuers.get(issuer, (None, 0.0))
+        if not known or (before is None) is not (error is None):
+            since = self._clock.now()
+        self._issuers[issuer] = (error, since)
+        url = self._exchangers[issuer].server
+        if error is None:
+            if not known or before is not None:
+                self._log.info("issuer_up", issuer=issuer, url=url)
+        elif before is None or before.reason is not error.reason:
+            why = {"reason": str(error.reason), "detail": error.detail, "effect": _effect(False, False)}
+            self._log.warning("issuer_down", issuer=issuer, url=url, **why)
 
     def health(self, failing: Mapping[str, str]) -> list[dict[str, object]]:
-        """One row for each issuer that was asked. `failing`: those that do not revoke, and why."""
-        return [
-            {
-                "name": f"issuer {issuer}",
-                "ok": ok and issuer not in failing,
-                "since": since,
-                "last_error": error or failing.get(issuer, ""),
-                "next_try": None,
-                "effect": _effect(ok, issuer in failing),
-            }
-            for issuer, (ok, since, error) in self._issuers.items()
-        ]
+        """One row for each issuer. `failing`: those that do not revoke, and why. One that nobody asked yet is no failure."""
+        return [self._row(issuer, failing.get(issuer)) for issuer in self._exchangers]
+
+    def _row(self, issuer: str, revokes_not: str | None) -> dict[str, object]:
+        error, since = self._issuers.get(issuer, (None, None))
+        ok = error is None and revokes_not is None
+        state = "not asked yet" if ok and since is None else "ok" if ok else "down"
+        return {
+            "name": f"issuer {issuer}",
+            "ok": ok,
+            "state": state,
+            "since": since,
+            "last_error": error.detail if error is not None else revokes_not or "",
+            "next_try": None,
+            "effect": _effect(error is None, revokes_not is not None),
+        }
 
 
 def _effect(issues: bool, revokes_not: bool) -> str:
     if not issues:
-        return "calls that need a new credential fail; active leases serve until they expire"
+        return (
+            "calls that need a new credential fail, and the next one asks again; active leases serve until they expire"
+        )
     return "dropped credentials live on at the issuer; they are revoked until they expire" if revokes_not else ""

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import json
 import ssl
 import time
 from typing import Any, Literal
@@ -86,17 +87,16 @@ class DemoTool:
             return web.json_response({"error": "invalid_token"}, status=401)
         self.authorized.append(authorization)
         body = await request.read()
-        return web.json_response(
-            {
-                "tool": self.host,
-                "method": request.method,
-                "path": request.path,
-                "saw": masked(authorization.removeprefix("Bearer ")),
-                "subject": claims["sub"],
-                "scope": claims["scope"],
-                "body_sha256": hashlib.sha256(body).hexdigest(),
-            }
-        )
+        said = {
+            "tool": self.host,
+            "method": request.method,
+            "path": request.path,
+            "saw": masked(authorization.removeprefix("Bearer ")),
+            "subject": claims["sub"],
+            "scope": claims["scope"],
+            "body_sha256": hashlib.sha256(body).hexdigest(),
+        }
+        return web.json_response(text=json.dumps(said) + "\n")  # a terminal's prompt stands on a line of its own
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         authorization = request.headers.get("authorization", "")

@@ -6,8 +6,12 @@ from pydantic import Field, field_validator
 from spiffe import SpiffeId
 from spiffe.errors import PySpiffeError
 
+from sidecar.address import MAX_SOCKET_PATH, host_and_port, is_literal
 from sidecar.model.caller import Agent
-from sidecar.section import Name, Section
+from sidecar.section import Name, Section, path_text
+
+_MAX_ID = 2**32 - 2
+"""The last uid or gid: the one above it means "leave it as it is" to the kernel."""
 
 
 class SpiffeConfig(Section):
@@ -21,9 +25,13 @@ class SpiffeConfig(Section):
     @field_validator("socket")
     @classmethod
     def _socket(cls, value: str) -> str:
-        if not value.startswith(("unix:///", "tcp://")):
-            raise ValueError("write unix:///absolute/path/to/agent.sock")
-        return value
+        if value.startswith("unix:///") and len(os.fsencode(path_text(value))) <= len("unix://") + MAX_SOCKET_PATH:
+            return value
+        if value.startswith("tcp://") and is_literal(host_and_port(value.removeprefix("tcp://"))[0]):
+            return value
+        raise ValueError(
+            f"write unix:///absolute/path/to/agent.sock, of {MAX_SOCKET_PATH} bytes at most, or tcp://IP:PORT"
+        )
 
 
 class AgentConfig(Section):
@@ -32,10 +40,13 @@ class AgentConfig(Section):
     name: Name = Field(description="Its socket is RUN_DIR/agents/<name>/agent.sock.")
     spiffe_id: str = Field(description="The identity that the sidecar holds for it.")
     hint: str | None = Field(default=None, max_length=1024, description="Chooses among several SVIDs of that ID.")
-    uid: int | None = Field(default=None, ge=0, description="The uid its processes run as. Default: the sidecar's own.")
+    uid: int | None = Field(
+        default=None, ge=0, le=_MAX_ID, description="The uid its processes run as. Default: the sidecar's own."
+    )
     gid: int | None = Field(
         default=None,
         ge=0,
+        le=_MAX_ID,
         description="Group of the agent's socket; the sidecar must be in it, or root. Default: ours.",
     )
 

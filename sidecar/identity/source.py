@@ -11,6 +11,7 @@ import random
 from base64 import urlsafe_b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from sidecar.backoff import delays
 from sidecar.clock import Clock
@@ -26,6 +27,18 @@ _FIRST, _CAP = 1.0, 30.0
 _SKEW = 5.0
 """Seconds before `exp` at which a JWT-SVID counts as expired: it must still be good when it arrives."""
 _REFRESH_EVERY = 1.0
+_NAMED = 5
+"""SPIFFE IDs that a message names at most."""
+
+
+class _State(StrEnum):
+    """How it stands with the SPIRE agent, in the words of `status`."""
+
+    NEW = "not connected yet"
+    UP = "ok"
+    NONE = "no identity"
+    """It answers, and has no entry for us."""
+    DOWN = "down"
 
 
 @dataclass(slots=True)
@@ -61,10 +74,12 @@ class WorkloadSvids:
         self._held: dict[str, HeldSvid] = {}
         self._cache: dict[tuple[str, str], _Cached] = {}
         self._fetching: dict[tuple[str, str], asyncio.Task[Secret]] = {}
-        self._error = "not connected yet"
+        self._lacking: set[str] = set()
+        """The agents of which it was said that they have no SVID."""
+        self._state = _State.NEW
+        self._error = str(_State.NEW)
         self._since = clock.now()
         self._next_try: float | None = None
-        self._connected = False
         self._changed = asyncio.Event()
         self._log = logger("identity")
 
@@ -74,12 +89,20 @@ class WorkloadSvids:
         """Raises `IdentityError` unless `agent` has an unexpired identity now."""
         held = self._held.get(agent)
         if held is None:
-            reason = Reason.NO_IDENTITY if self._connected else Reason.SPIRE_UNAVAILABLE
-            raise IdentityError(
-                reason, f"no SVID is held for agent {agent}: {self._error or 'SPIRE issues none for it'}"
-            )
+            answers = self._state in (_State.UP, _State.NONE)
+            reason = Reason.NO_IDENTITY if answers else Reason.SPIRE_UNAVAILABLE
+            raise IdentityError(reason, f"no SVID is held for agent {agent}: {self._error or self._why_none(agent)}")
         if held.expires_at <= self._clock.now():
             raise IdentityError(Reason.SVID_EXPIRED, f"the SVID of agent {agent} has expired")
+
+    def _why_none(self, agent: str) -> str:
+        """SPIRE answers, and what it issues is not what this agent is declared to be."""
+        declared = self._agents.get(agent)
+        if declared is None:
+            return "it is declared no more"
+        hint = f" with hint {declared.hint}" if declared.hint is not None else ""
+        issued = ", ".join(sorted({svid.spiffe_id for svid in self._issued})[:_NAMED]) or "nothing"
+        return f"SPIRE does not issue {declared.spiffe_id}{hint} to us; it issues {issued}"
 
     async def jwt_svid(self, agent: str, audience: str, *, revoking: bool = False) -> Secret:
         """A JWT-SVID of `agent` for `audience`: cached to half its life, then until its expiry if SPIRE is down.
@@ -124,17 +147,28 @@ class WorkloadSvids:
 
     def health(self) -> list[dict[str, object]]:
         """One row for the SPIRE agent."""
-        effect = "" if self._connected else "held SVIDs serve until they expire; then calls fail with svid_expired"
         return [
             {
                 "name": "spire_agent",
-                "ok": self._connected,
+                "ok": self._state is _State.UP,
+                "state": str(self._state),
                 "since": self._since,
                 "last_error": self._error,
                 "next_try": self._next_try,
-                "effect": effect,
+                "effect": self._effect(),
             }
         ]
+
+    def _effect(self) -> str:
+        match self._state:
+            case _State.UP:
+                return ""
+            case _State.NONE:
+                return "calls fail with no_identity"
+            case _ if self._held:
+                return "held SVIDs serve until they expire; then calls fail with svid_expired"
+            case _:
+                return "no SVID is held: calls fail with spire_unavailable"
 
     async def wait_ready(self, seconds: float) -> bool:
         """Waits until `ready`, at most `seconds`; False when it is not."""
@@ -161,19 +195,22 @@ class WorkloadSvids:
         """For ever: keeps the stream up."""
         waits = delays(_FIRST, _CAP, self._rng)
         while True:
+            answered = False
             try:
                 async for svids in self._api.x509_svids():
+                    answered = True
                     self._take(svids)
                     waits = delays(_FIRST, _CAP, self._rng)
-                self._down("the stream ended", now_again=True)
+                if not answered:  # one that ends after a message is of no consequence: it is opened again
+                    self._turn(_State.DOWN, f"{self._api.address}: the stream ended without a message")
             except IdentityError as error:
-                self._down(error.detail)
-                if error.reason is Reason.NO_IDENTITY:
+                none = error.reason is Reason.NO_IDENTITY
+                self._turn(_State.NONE if none else _State.DOWN, error.detail)
+                if none:
                     # SPIRE itself says so: what was held is withdrawn at once. JWT-SVIDs stay until they expire, to
                     # revoke with and for nothing else: everything else asks for the identity first.
-                    self._connected = True
                     self._issued = ()
-                    self._held.clear()
+                    self._assign()
             await self._api.reopen()
             wait = next(waits)
             self._next_try = self._clock.now() + wait
@@ -181,31 +218,36 @@ class WorkloadSvids:
 
     def _take(self, svids: list[HeldSvid]) -> None:
         """The full state: what is not in it is gone."""
-        if not self._connected or self._error:
-            self._log.info("spire_agent_up", identities=len(svids))
-            self._since = self._clock.now()
-        self._connected, self._error, self._next_try = True, "", None
         self._issued = svids
+        self._next_try = None
+        self._turn(_State.UP, "")
         self._assign()
 
+    def _turn(self, state: _State, error: str) -> None:
+        """What the SPIRE agent said last, or that it says nothing: logged when it is another state than before."""
+        self._error = error
+        if state is not self._state:
+            self._state, self._since = state, self._clock.now()
+            if state is _State.UP:
+                self._log.info("spire_agent_up", socket=self._api.address, identities=len(self._issued))
+            else:
+                event = "no_identity_issued" if state is _State.NONE else "spire_agent_down"
+                self._log.warning(event, socket=self._api.address, error=error, effect=self._effect())
+        self._changed.set()
+
     def _assign(self) -> None:
-        """Gives each declared agent the SVID that is its own."""
-        held: dict[str, HeldSvid] = {}
+        """Gives each declared agent the SVID that is its own, and says once which one has none."""
+        before, self._held = self._held, {}
         for name, agent in self._agents.items():
             fitting = [s for s in self._issued if s.spiffe_id == agent.spiffe_id and agent.hint in (None, s.hint)]
             if fitting:
-                held[name] = fitting[0]
-        for name in self._agents.keys() & self._held.keys() - held.keys():
-            self._log.warning("identity_gone", agent=name)
-        self._held = held
-        self._changed.set()
-
-    def _down(self, error: str, now_again: bool = False) -> None:
-        if self._connected and not now_again:
-            self._log.warning("spire_agent_down", error=error)
-        if self._connected:
-            self._since = self._clock.now()
-        self._connected, self._error = False, error
+                self._held[name] = fitting[0]
+                if name not in before:
+                    self._log.info("identity_held", agent=name, spiffe_id=agent.spiffe_id)
+            elif name in before or name not in self._lacking:
+                event = "identity_gone" if name in before else "identity_missing"
+                self._log.warning(event, agent=name, spiffe_id=agent.spiffe_id, why=self._error or self._why_none(name))
+        self._lacking = self._agents.keys() - self._held.keys()
         self._changed.set()
 
     # -- JWT-SVIDs ----------------------------------------------------------------------------------------------
@@ -243,7 +285,12 @@ class WorkloadSvids:
             for key, cached in list(self._cache.items()):
                 if not self._usable(key[0], cached):
                     self._cache.pop(key, None)
-                elif now >= cached.refresh_at and key[0] in self._held and self._needed(key[0]) and self._connected:
+                elif (
+                    now >= cached.refresh_at
+                    and key[0] in self._held
+                    and self._needed(key[0])
+                    and self._state is _State.UP
+                ):
                     cached.refresh_at = now + 5.0  # not again at once when SPIRE hands out the same one
                     self._fetch(key)
 

@@ -5,6 +5,8 @@ end of stream; its types, parsers and generated code are used (SPIFFE_Workload_A
 """
 
 import asyncio
+import os
+import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,12 +41,12 @@ class WorkloadApi:
     """One channel to the SPIRE agent. `aclose` ends it; `reopen` makes a new one after an outage."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self.address = address
         self._channel: grpc.aio.Channel | None = None
 
     def _stub(self) -> Any:
         if self._channel is None:
-            target = self._address.removeprefix("tcp://")
+            target = self.address.removeprefix("tcp://")
             options = [
                 ("grpc.max_receive_message_length", _MAX_MESSAGE),
                 ("grpc.initial_reconnect_backoff_ms", 200),
@@ -67,7 +69,7 @@ class WorkloadApi:
             async for message in stream:
                 yield [_held(svid) for svid in message.svids]
         except grpc.aio.AioRpcError as error:
-            raise _identity_error(error) from None
+            raise self._told(error) from None
         finally:
             stream.cancel()
 
@@ -77,7 +79,7 @@ class WorkloadApi:
         try:
             answer = await self._stub().FetchJWTSVID(request, metadata=_SECURITY_HEADER, timeout=_JWT_TIMEOUT)
         except grpc.aio.AioRpcError as error:
-            raise _identity_error(error) from None
+            raise self._told(error) from None
         except asyncio.CancelledError:
             if told_to_end():
                 raise
@@ -87,6 +89,22 @@ class WorkloadApi:
             if svid.spiffe_id == spiffe_id:
                 return Secret(svid.svid)
         raise IdentityError(Reason.NO_IDENTITY, f"SPIRE issued no JWT-SVID for {spiffe_id}")
+
+    def _told(self, error: grpc.aio.AioRpcError) -> IdentityError:
+        """gRPC's error in our words, with the address: a wrong one is what most often is wrong."""
+        match error.code():
+            case grpc.StatusCode.PERMISSION_DENIED:
+                return IdentityError(
+                    Reason.NO_IDENTITY, "SPIRE: no identity issued; check the registration entry and selectors"
+                )
+            case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.UNIMPLEMENTED:
+                what = f"{self.address} does not speak the SPIFFE Workload API"
+                return IdentityError(Reason.SPIRE_UNAVAILABLE, what)
+            case code:
+                why = _unreachable(self.address, code)
+                return IdentityError(
+                    Reason.SPIRE_UNAVAILABLE, f"the SPIFFE Workload API does not answer at {self.address} ({why})"
+                )
 
     async def aclose(self) -> None:
         """Ends the channel."""
@@ -101,14 +119,15 @@ def _held(svid: Any) -> HeldSvid:
     return HeldSvid(str(parsed.spiffe_id), svid.hint, parsed.leaf.not_valid_after_utc.timestamp())
 
 
-def _identity_error(error: grpc.aio.AioRpcError) -> IdentityError:
-    match error.code():
-        case grpc.StatusCode.PERMISSION_DENIED:
-            return IdentityError(
-                Reason.NO_IDENTITY, "SPIRE: no identity issued; check the registration entry and selectors"
-            )
-        case grpc.StatusCode.INVALID_ARGUMENT | grpc.StatusCode.UNIMPLEMENTED:
-            return IdentityError(Reason.SPIRE_UNAVAILABLE, "the socket does not speak the SPIFFE Workload API")
-        case _:
-            code = str(error.code().name).lower()
-            return IdentityError(Reason.SPIRE_UNAVAILABLE, f"the SPIFFE Workload API does not answer ({code})")
+def _unreachable(address: str, code: grpc.StatusCode) -> str:
+    """gRPC says `unavailable` of everything: what can be seen of the socket from here is said instead."""
+    path = address.removeprefix("unix://")
+    if path != address:
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return "it is not a socket"
+        except OSError as error:
+            return str(error.strerror)
+        if not os.access(path, os.R_OK | os.W_OK):
+            return f"uid {os.geteuid()} may not open it"
+    return str(code.name).lower()

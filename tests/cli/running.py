@@ -60,6 +60,8 @@ def in_a_terminal(words: Sequence[str], env: dict[str, str], typed: Sequence[tup
     """Runs `words` in a terminal and types each answer once what comes before it is on the screen. The status and the screen."""
     pid, master = pty.fork()
     if pid == 0:
+        for number in (signal.SIGINT, signal.SIGQUIT):  # under nohup they are ignored, and would be so here
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(words[0], list(words), env)
     deadline = time.monotonic() + LIMIT
     screen, seen, waiting = b"", 0, list(typed)

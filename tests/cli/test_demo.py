@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Self
 
 import pytest
@@ -56,6 +57,19 @@ async def test_keep_prints_lines_that_work_when_pasted() -> None:
     while b"base URL" not in shown:
         shown += await asyncio.wait_for(process.stdout.readline(), 30)
     text = shown.decode()
+    exported = re.search(r"export PATH=(\S+):\$PATH SPANLOCK_RUN_DIR=(\S+)", text)
+    assert exported is not None and "issuer has confirmed 2 credentials" in text
+    lines = (
+        f"{exported[0]}\nspanlock exec -- curl -s https://" + text.partition("curl -s https://")[2].partition("\n")[0]
+    )
+    bare = {"PATH": "/usr/bin:/bin"}
+    curled = await asyncio.create_subprocess_exec(
+        "bash", "-c", lines, env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    out, err = await asyncio.wait_for(curled.communicate(), 30)
+    assert curled.returncode == 0 and json.loads(out)["tool"] == "search.tool.test" and out.endswith(b"}\n"), (
+        err.decode()
+    )
     script = text.partition("<<'END'\n")[2].partition("\nEND\n")[0]
     pasted = await asyncio.create_subprocess_exec(
         sys.executable, "-c", script, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -64,6 +78,22 @@ async def test_keep_prints_lines_that_work_when_pasted() -> None:
     assert pasted.returncode == 0 and b"search.tool.test" in out and b"confirmed" in out, err.decode()
     process.send_signal(signal.SIGINT)
     await asyncio.wait_for(process.wait(), 20)
+
+
+async def test_a_signal_to_end_leaves_no_files() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "demo", "--keep", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    lines: list[dict[str, Any]] = []
+    while not lines or "introspection_before" not in lines[-1]:
+        lines.append(json.loads(await asyncio.wait_for(process.stdout.readline(), 30)))
+    kept = Path(lines[-2]["run_dir"])
+    assert lines[-2]["step"] == "keep" and kept.is_dir()
+    process.terminate()
+    out, err = await asyncio.wait_for(process.communicate(), 30)
+    assert (process.returncode, out, err.decode()) == (128 + signal.SIGTERM, b"", "")
+    assert not kept.parent.exists(), "the directory of the stage is gone, with its secrets"
 
 
 async def stolen(stage: Stage) -> tuple[list[tuple[DemoTool, str]], pb.CloseResponse]:
@@ -114,7 +144,7 @@ async def test_a_story_in_which_nothing_works_fails_with_every_field(
             return self
 
     monkeypatch.setattr(demo, "Stage", Broken)
-    assert await demo._demo(False, False, False, True) == 1
+    assert await demo._demo(False, False, False, True, []) == 1
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(demo._FACTS) <= set(facts) and facts["ok"] is False and facts["replay_status"] is None
 
@@ -122,7 +152,7 @@ async def test_a_story_in_which_nothing_works_fails_with_every_field(
         raise ConnectionResetError
 
     monkeypatch.setattr(demo, "_main_story", breaks)
-    assert await demo._demo(False, False, False, True) == 1
+    assert await demo._demo(False, False, False, True, []) == 1
     *_, last_step, facts = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert "ConnectionResetError" in last_step["text"] and facts["ok"] is False and set(facts) == set(demo._FACTS)
 

@@ -53,6 +53,7 @@ async def test_status_says_what_works_and_exits_0() -> None:
 
 
 async def test_status_says_what_does_not_work_since_when_and_exits_3() -> None:
+    assert "3 when not" in " ".join((await spanlock("status", "--help"))[1].split())
     async with ready_stage() as stage:
         await stage.spire.update(["spiffe://demo.spanlock.test/another"])
         async with asyncio.timeout(20):
@@ -95,6 +96,13 @@ async def test_revoke_needs_to_be_told_what_and_tells_the_outcome() -> None:
             await agent.get(url(stage.search))
             status, _, err = await spanlock("revoke", stage=stage)
             assert status == 2 and "--workflow" in err and len(stage.app.broker.leases()) == 1
+            for unknown in (("--workflow", "wf_typo"), ("--agent", "nope"), ("--tool", "nope")):
+                status, out, err = await spanlock("revoke", *unknown, stage=stage)
+                assert (status, out) == (1, "") and f"there is no {unknown[0][2:]} {unknown[1]}" in err
+            status, _, err = await spanlock("revoke", "--all", "--tool", "search", stage=stage)
+            assert status == 2 and "--all is everything" in err and len(stage.app.broker.leases()) == 1
+            status, out, _ = await spanlock("revoke", "--tool", "reports", "--reissue", stage=stage)
+            assert status == 0 and out.startswith("nothing matched")
             done = await as_json("revoke", "--tool", "search", "--reissue", stage=stage)
             assert [end["at_issuer"] for end in done["ends"]] == ["confirmed"]
             assert (await agent.get(url(stage.search))).status_code == 200
@@ -112,6 +120,44 @@ async def test_nobody_answers() -> None:
     )
 
 
+async def test_the_operators_socket_is_found_by_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even by one that is broken otherwise: that is when an operator asks."""
+    async with ready_stage() as stage:
+        config = stage.dir / "spanlock.yaml"
+        config.write_text(config.read_text().replace("agents:", "agentss:").replace(f"{stage.dir}/run", "run"))
+        for verb in ("status", "workflows", "leases"):
+            assert (await spanlock(verb, "-c", str(config)))[0] == 0
+        assert "nothing matched" in (await spanlock("revoke", "-c", str(config), "--all"))[1]
+        monkeypatch.setenv("SPANLOCK_CONFIG", str(config))
+        assert (await spanlock("status"))[0] == 0
+        status, _, err = await spanlock("status", "-c", str(tmp_path))
+        assert status == 2 and "is not a file" in err
+        status, _, err = await spanlock("status", "--socket", str(stage.agent_socket))
+        assert status == 1 and "is an agent's socket" in err
+
+
+@pytest.mark.parametrize("words", ["explain", "explain internal_error", "--help", "check -c /nonexistent --json"])
+def test_output_that_cannot_be_written_is_one_line(words: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sidecar", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1 and done.stderr == "spanlock: [Errno 28] No space left on device\n"
+
+
+def test_a_terminal_without_our_letters_is_shown_others() -> None:
+    words = [sys.executable, "-c", "from sidecar.cli import main, explain; explain._ALL['x'] = explain._ALL['internal_error']._replace(fix='…'); main.main(['explain', 'x'])"]  # fmt: skip
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0 and "Fix: ?" in done.stdout
+
+
 def test_a_socket_that_is_not_ours_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may everything, so it is played
     assert "own user" in operator._why(tmp_path)
@@ -122,6 +168,8 @@ async def test_explain() -> None:
     assert status == 0 and out.startswith("unknown_tool\n") and "Fix:" in out
     everything = await as_json("explain")
     assert set(everything["policy_denied"]) == {"meaning", "fix"} and len(everything) > 30
+    for ending in ("holder_gone", "mint_unknown", "confirmed", "failed"):
+        assert (await spanlock("explain", ending))[1].startswith(f"{ending}\n")
     status, out, err = await spanlock("explain", "no_such_reason")
     assert (status, out) == (2, "") and "no such reason" in err
 
@@ -131,6 +179,11 @@ async def test_check(tmp_path: Path) -> None:
         path = stage.dir / "spanlock.yaml"
         status, out, err = await spanlock("check", "-c", str(path))
         assert (status, out) == (0, "ok\n") and "runs as the sidecar's own uid" in err
+        path.write_text(stage.config_text().replace("/audit.jsonl", "/none/audit.jsonl"))
+        status, out, err = await spanlock("check", "-c", str(path))
+        assert (status, out) == (2, "1 error(s)\n") and "error: audit.file: " in err, (
+            "the daemon does not start with it"
+        )
         path.write_text(stage.config_text().replace("audience:", "audiense:"))
         status, out, _ = await spanlock("check", "-c", str(path), "--json")
         said = json.loads(out)

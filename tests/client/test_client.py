@@ -155,4 +155,4 @@ def test_the_library_alone_says_where_its_command_is() -> None:
         "del sys.modules['typer']; sys.meta_path.insert(0, Missing()); m.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and "spanlock[sidecar]" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "[sidecar]" in done.stderr and "Traceback" not in done.stderr

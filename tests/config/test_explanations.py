@@ -11,9 +11,13 @@ from pydantic import BaseModel
 
 from sidecar.config.schema import Settings
 from sidecar.errors import EXPLANATIONS
+from sidecar.model.endings import AT_THE_ISSUER, CLOSED_BY
+from sidecar.model.lease import IssuerOutcome
+from sidecar.model.workflow import CloseReason
 from sidecar.section import Section
 
-NAMED = sorted({word for said in EXPLANATIONS.values() for text in said for word in re.findall(r"`([^`]+)`", text)})
+SAID = [*EXPLANATIONS.items(), *CLOSED_BY.items(), *AT_THE_ISSUER.items()]
+NAMED = sorted({word for _, said in SAID for text in said for word in re.findall(r"`([^`]+)`", text)})
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -70,3 +74,9 @@ def test_a_key_is_found_where_it_is_and_nowhere_else() -> None:
         assert is_key(key)
     for key in ("tool:", "limits.workflows", "credentials.max_uses", "timeouts.idle", "tools.timeouts.idle.seconds"):
         assert not is_key(key)
+
+
+def test_every_end_is_explained_and_no_word_means_two_things() -> None:
+    assert set(CLOSED_BY) == set(CloseReason) and set(AT_THE_ISSUER) == set(IssuerOutcome)
+    words = [str(word) for word, _ in SAID]
+    assert len(words) == len(set(words))

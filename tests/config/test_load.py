@@ -1,5 +1,6 @@
 """Bad configuration: each problem with its key path, and never the value, which may be a secret in a wrong place."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import pytest
 from sidecar.address import host_and_port
 from sidecar.config.advice import warnings
 from sidecar.config.load import find_config, load, parse
+from sidecar.config.obstacles import obstacles
 from sidecar.errors import ConfigError
+from sidecar.policy.load import parse_policy
 
 GOOD = """\
 agents: [{name: a, spiffe_id: "spiffe://td/a", uid: 5}]
@@ -53,6 +56,63 @@ def test_each_problem_names_its_key(change: tuple[str, str], says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(GOOD.replace(*change), "spanlock.yaml", Path())
     assert says in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    "value", ["2001-13-45", "0b_", "0x_", "!!bool foo", "!!int foo", "!!float foo", "!!timestamp foo", "9" * 5000, "!!binary é",
+              "!!python/name:os.system", "! foo", "1e", "?", "!!set {1}", "!!omap [1]", "!!null foo", "190:20:30", "=", "<<", "0o9"],
+)  # fmt: skip
+def test_yaml_that_its_own_constructors_choke_on_is_refused_with_words(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{GOOD}x:\n  {value}\n", "spanlock.yaml", Path())
+    assert caught.value.detail.startswith(("spanlock.yaml line 6", "x: Extra inputs")), caught.value.detail
+
+
+def test_a_value_that_yaml_reads_otherwise_names_its_line_and_the_fix() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD.replace("name: a,", "name: 2001-13-45,"), "spanlock.yaml", Path())
+    assert (
+        caught.value.detail == "spanlock.yaml line 1, column 17: the value is not a valid timestamp; put text in quotes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("uid: 5", "uid: x"), "agents[0].uid: Input should be a valid integer"),
+        (("uid: 5", "uid: true"), "agents[0].uid: Input should be a valid integer"),
+        (("uid: 5", "gid: 4294967295"), "agents[0].gid: Input should be less than or equal to 4294967294"),
+        (("issuer: i}", "issuer: i, max_ttl: yes}"), "tools[0].max_ttl: Input should be a valid number"),
+        (("files: [p.cedar]", "files: p.cedar"), "policy.files: write a list: [...]"),
+        (("policy: {files: [p.cedar]}", "policy: p.cedar"), "policy: write keys and values"),
+        (("issuer: i}", "issuer: i, allow_networks: [ten]}"), "tools[0].allow_networks[0]: write a network: 10.1.0.0/16 or fd00::/8"),
+        (("files: [p.cedar]", 'files: ["p\\0.cedar"]'), "policy.files[0]: has characters that no file's name should have"),
+        (("policy:", 'run_dir: "a\\0b"\npolicy:'), "run_dir: has characters"),
+        (("policy:", 'audit: {file: "\\ud800"}\npolicy:'), "audit.file: has characters"),
+        (("policy:", 'spiffe: {socket: "unix:///a\\0b"}\npolicy:'), "spiffe.socket: has characters"),
+        (("policy:", 'spiffe: {socket: "unix:///' + "s" * 107 + '"}\npolicy:'), "spiffe.socket: write unix:///"),
+        (("policy:", 'spiffe: {socket: "tcp://"}\npolicy:'), "spiffe.socket: write"),
+        (("policy:", 'spiffe: {socket: "tcp://spire:8081"}\npolicy:'), "spiffe.socket: write unix:///"),
+        (("policy:", "telemetry: {otlp_endpoint: nonsense}\npolicy:"), "telemetry.otlp_endpoint: write http://HOST:PORT"),
+        (("policy:", 'telemetry: {otlp_endpoint: "http://c:x"}\npolicy:'), "telemetry.otlp_endpoint: write http://HOST:PORT"),
+        (("policy:", "workflows: {max_age: .inf}\npolicy:"), "workflows.max_age: Input should be a finite number"),
+    ],
+)  # fmt: skip
+def test_one_mistake_is_one_line_in_words_of_yaml(change: tuple[str, str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(GOOD.replace(*change), "spanlock.yaml", Path())
+    assert caught.value.detail.startswith(says) and "\n" not in caught.value.detail, caught.value.detail
+    assert "uple" not in caught.value.detail
+
+
+def test_no_agent_at_all_is_said() -> None:
+    with pytest.raises(ConfigError, match="agents: write at least one entry"):
+        parse(GOOD.replace('[{name: a, spiffe_id: "spiffe://td/a", uid: 5}]', "[]"), "spanlock.yaml", Path())
+
+
+def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} is not a file"):
+        find_config(str(tmp_path))
 
 
 def test_problems_between_sections_have_a_line_and_a_key_each() -> None:
@@ -140,6 +200,7 @@ def test_relative_files_are_beside_the_configuration(tmp_path: Path, monkeypatch
     )
     assert (tool.ca_file, tool.introspection.secret_file) == (f"{tmp_path}/conf/ca.pem", "/run/secrets/s")
     assert parse(GOOD, "x", tmp_path).audit.file == "-"
+    assert parse(GOOD + "run_dir: run\n", "x", tmp_path).run_dir == f"{tmp_path}/run"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"x" * (1 << 20) + b"x", b"- 1\n", b"a: " + b"[" * 5000])
@@ -151,7 +212,8 @@ def test_what_is_no_configuration_is_named(tmp_path: Path, content: bytes) -> No
     assert str(path) in caught.value.detail
 
 
-def test_what_is_allowed_and_should_be_known_is_said(tmp_path: Path) -> None:
+def test_what_is_allowed_and_should_be_known_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 2102)
     (tmp_path / "open.secret").write_text("x")
     (tmp_path / "open.secret").chmod(0o644)
     (tmp_path / "ca.pem").write_text("no certificate")
@@ -163,19 +225,66 @@ issuers:
 - {name: v, kind: static, secret_env: SPANLOCK_TEST_UNSET}
 policy: {files: [p.cedar]}
 tools:
-- {name: t, url: "http://t.test", issuer: i, export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
-- {name: u, url: "https://10.0.0.1.nip.io", issuer: i}
-- {name: v, url: "http://localhost:81", address: 203.0.113.7, issuer: i}
-- {name: w, url: "http://w.test", address: 127.0.0.1, issuer: i}
+- {name: t, url: "http://t.test", issuer: i, scopes: [x], export: true, ca_file: ca.pem, introspection: {client_id: c, secret_file: gone}}
+- {name: u, url: "https://10.0.0.1.nip.io", issuer: i, scopes: [x]}
+- {name: v, url: "http://localhost:81", address: 203.0.113.7, issuer: i, scopes: [x]}
+- {name: w, url: "http://w.test", address: 127.0.0.1, issuer: i, scopes: [x]}
 """
-    said = "\n".join(warnings(parse(text, "x", tmp_path)))
+    policy = """
+        permit(principal == Spanlock::Agent::"d", action, resource == Spanlock::Tool::"t");
+        @id("more") @scopes("read") permit(principal, action, resource) when { resource == Spanlock::Tool::"z" };
+    """
+    settings = parse('spiffe: {socket: "unix:///nonexistent.sock"}\n' + text, "x", tmp_path)
+    said = "\n".join(warnings(settings, parse_policy(policy, "test")))
     for part in (
         "a, b share uid 5", "c runs as the sidecar's own uid", f"issuers[0].ca_file: {tmp_path}/nowhere.pem: No such file",
         f"issuers[1].secret_file: {tmp_path}/open.secret can be read by every user",
         "issuers[2].secret_env: the variable SPANLOCK_TEST_UNSET is not set", "tools[0]: t is plain http",
         "t exports its real token", f"tools[0].ca_file: {tmp_path}/ca.pem is not PEM",
         f"tools[0].introspection.secret_file: {tmp_path}/gone: No such file", "10.0.0.1.nip.io is the address 10.0.0.1",
-        "tools[2]: v is plain http",
+        "spiffe.socket: /nonexistent.sock: No such file", "agents: a: its socket is open to the sidecar's group", "agents: b: its",
+        'policy: Spanlock::Agent::"d" is no agent of', 'policy: Spanlock::Tool::"z" is no tool of',
+        "policy: more: @scopes: read is a scope of no tool", "tools[2]: v is plain http",
     ):  # fmt: skip
         assert part in said, said
-    assert len(said.splitlines()) == 11
+    assert len(said.splitlines()) == 17
+    assert "no policy in them" in warnings(settings, parse_policy("// none", "test"))[-1]
+
+
+def _as_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a uid that is not root, in no group but its own: nothing may be written but what is in a directory `ours`."""
+    monkeypatch.setattr(os, "geteuid", lambda: 2102)
+    monkeypatch.setattr(os, "getegid", lambda: 2102)
+    monkeypatch.setattr(os, "getgroups", list)
+    monkeypatch.setattr(os, "access", lambda path, _: "ours" in Path(path).parts)
+
+
+def test_what_keeps_the_daemon_from_starting_here_is_said_by_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _as_stranger(monkeypatch)
+    for name in ("ours", "theirs", "ours/open/operator", "ours/link"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "ours/open/operator").chmod(0o777)
+    (tmp_path / "ours/file").write_text("")
+    (tmp_path / "ours/link.jsonl").symlink_to("file")
+
+    def said(more: str, uid: str = "uid: 5") -> list[str]:
+        return obstacles(parse(GOOD.replace("uid: 5", uid) + more, "x", tmp_path))
+
+    assert said("run_dir: ours/run\naudit: {file: ours/audit.jsonl}") == []
+    assert said("run_dir: ours/run", "uid: 5, gid: 77") == [
+        "agents: a: gid 77: the sidecar is not in that group; add it to it"
+    ]
+    for more, says in (
+        ("run_dir: theirs/run", f"run_dir: {tmp_path}/theirs cannot be written in as uid 2102"),
+        ("run_dir: ours/file", f"run_dir: {tmp_path}/ours/file is not a directory"),
+        ("run_dir: ours/" + "r" * 100, "run_dir: "),
+        ("run_dir: ours/open", f"run_dir: {tmp_path}/ours/open/operator is uid {os.getuid()}'s and others may write in it"),
+        ("run_dir: ours/run\naudit: {file: nowhere/audit.jsonl}", f"audit.file: {tmp_path}/nowhere/audit.jsonl cannot be opened: No such"),
+        ("run_dir: ours/run\naudit: {file: theirs/audit.jsonl}", "audit.file: "),
+        ("run_dir: ours/run\naudit: {file: ours/open}", "audit.file: "),
+        ("run_dir: ours/run\naudit: {file: ours/link.jsonl}", "audit.file: "),
+    ):  # fmt: skip
+        lines = said(more)
+        assert lines and all(line.startswith(says) for line in lines), lines

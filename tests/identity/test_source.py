@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from sidecar.clock import SystemClock
 from sidecar.demo.workload_api import DemoSpire
@@ -194,3 +195,84 @@ async def test_a_stream_that_ends_during_a_fetch_costs_that_fetch_a_reason(tmp_p
             await asyncio.wait_for(fetch, 10)
         assert caught.value.reason is Reason.SPIRE_UNAVAILABLE
     await spire.stop()
+
+
+def events(said: list[Any]) -> list[tuple[str, str]]:
+    return [(line["log_level"], line["event"]) for line in said]
+
+
+async def retried(svids: WorkloadSvids, times: int) -> None:
+    """Until it has tried `times` times again, each of which sets the time of the next."""
+    for _ in range(times):
+        before = svids.health()[0]["next_try"]
+        await until(lambda before=before: svids.health()[0]["next_try"] != before)
+
+
+async def test_a_socket_that_is_not_there_is_said_once_with_its_path_and_so_is_its_coming(tmp_path: Path) -> None:
+    socket = tmp_path / "s.sock"
+    with capture_logs() as said:
+        async with source(socket) as (svids, _):
+            await retried(svids, 3)
+            (row,) = svids.health()
+            assert (row["ok"], row["state"]) == (False, "down") and f"unix://{socket} (No such file" in str(
+                row["last_error"]
+            )
+            assert row["effect"] == "no SVID is held: calls fail with spire_unavailable"
+            assert events(said) == [("warning", "spire_agent_down")]
+            assert said[0]["socket"] == f"unix://{socket}" and said[0]["error"] == row["last_error"]
+            spire = DemoSpire([ID])
+            await spire.start(str(socket))
+            assert await svids.wait_ready(15)
+            await spire.end_streams()
+            await until(lambda: spire.minted >= 2)
+            assert svids.health()[0]["state"] == "ok"
+            await spire.stop()
+            await until(lambda: svids.health()[0]["state"] == "down")
+            assert (
+                svids.health()[0]["effect"] == "held SVIDs serve until they expire; then calls fail with svid_expired"
+            )
+    assert events(said)[1:] == [("info", "spire_agent_up"), ("info", "identity_held"), ("warning", "spire_agent_down")]
+
+
+async def test_no_identity_issued_is_a_state_of_its_own_said_once(tmp_path: Path) -> None:
+    spire = DemoSpire([])
+    await spire.start(str(tmp_path / "s.sock"))
+    with capture_logs() as said:
+        async with source(tmp_path / "s.sock") as (svids, clock):
+            await until(lambda: svids.health()[0]["state"] == "no identity")
+            (first,) = svids.health()
+            clock.offset = 100
+            await retried(svids, 3)
+            (row,) = svids.health()
+            assert row["since"] == first["since"] and not row["ok"] and "no identity issued" in str(row["last_error"])
+            assert row["effect"] == "calls fail with no_identity"
+    assert events(said) == [("warning", "no_identity_issued"), ("warning", "identity_missing")]
+    assert said[1]["spiffe_id"] == ID
+    await spire.stop()
+
+
+async def test_an_identity_that_is_not_among_those_issued_is_said_and_named(tmp_path: Path) -> None:
+    other = "spiffe://demo.spanlock.test/other"
+    spire = DemoSpire([other])
+    await spire.start(str(tmp_path / "s.sock"))
+    with capture_logs() as said:
+        async with source(tmp_path / "s.sock") as (svids, _):
+            await until(lambda: svids.health()[0]["ok"])
+            assert svids.problem("a").endswith(f"SPIRE does not issue {ID} to us; it issues {other}")
+            await spire.update([other])
+            await until(lambda: spire.minted >= 2)
+            await spire.update([ID, other])
+            assert await svids.wait_ready(15)
+            await spire.update([other])
+            await until(lambda: not svids.ready)
+    assert events(said) == [
+        ("info", "spire_agent_up"), ("warning", "identity_missing"), ("info", "identity_held"), ("warning", "identity_gone")
+    ]  # fmt: skip
+    assert said[1]["agent"] == "a" and ID in said[1]["why"] and other in said[1]["why"]
+    await spire.stop()
+
+
+async def test_a_file_that_is_no_socket_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "s.sock").write_text("")
+    async with source(tmp_path / "s.sock") as (svids, _):
+        await until(lambda: "it is not a socket" in svids.problem("a"))

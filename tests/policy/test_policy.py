@@ -1,6 +1,8 @@
 """Default deny, any error denies, most restrictive obligations win, and the memo is exact."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -110,6 +112,60 @@ def test_d7_the_obligations_of_both_readings_count() -> None:
     )
     permit = chosen.decide_request("x", "w", TOOL, "GET", "/v1;x")
     assert (permit.ttl, permit.scopes, permit.policy_ids) == (60.0, ("b",), ("p", "q", "r"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("\npermit(principal, action, resource);\n\n@id(\"b\")\npermit(nonsense;\npermit(principal, action, resource);", "policy, line 4: the policy"),
+        ('// a; "\npermit(principal, action, resource)\nwhen { context.workflow == "a;b" };\npermit(principal, action', "policy, line 4: the policy"),
+        ('permit(principal, action, resource);\n\npermit(principal == Foo::"x", action, resource);', "policy, line 3: unrecognized entity type"),
+        ('\n@id("b")\n@ttl("0") permit(principal, action, resource);', "policy, line 2: b: @ttl"),
+        ('@ttl("' + "9" * 5000 + '") permit(principal, action, resource);', "policy, line 1: policy0: @ttl"),
+        ('permit(principal, action, resource);\npermit(principal, action, resource) when { "no end };', "policy, line 2: the policy"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_has_a_file_and_a_line(text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_policy(text, "test")
+    assert says in caught.value.detail and len(caught.value.detail) < 400, caught.value.detail
+
+
+_DEEP: dict[str, Callable[[int], str]] = {
+    "brackets": lambda n: "(" * n + "true" + ")" * n,
+    "a set": lambda n: "[" * n + "1" + "]" * n + " == []",
+    "a record": lambda n: '{"a":' * n + "1" + "}" * n + " == {}",
+    "and": lambda n: " && ".join(["true"] * n),
+    "or": lambda n: " || ".join(["true"] * n),
+    "sums": lambda n: "+".join(["1"] * n) + " == 1",
+    "if": lambda n: "if true then true else " * n + "true",
+    "attributes": lambda n: "context" + ".a" * n,
+    "calls": lambda n: "[1]" + ".contains(1)" * n,
+    "indices": lambda n: "context" + '["a"]' * n + ".b",
+}
+
+
+@pytest.mark.parametrize("name", _DEEP)
+def test_a_policy_that_would_overrun_the_engines_stack_is_refused_before_it(name: str) -> None:
+    text = (
+        f"permit(principal, action, resource);\npermit(principal, action, resource) when {{ {_DEEP[name](40_000)} }};"
+    )
+    with pytest.raises(ConfigError, match="line 2: (brackets are nested|more than 400 operators)"):
+        parse_policy(text, "test")
+
+
+def test_what_is_in_strings_and_comments_does_not_nest() -> None:
+    brackets, operators = "(" * 1000, "&&" * 1000
+    text = f'// {brackets}\npermit(principal, action, resource) when {{ context.workflow != "\\"{brackets}{operators};" }};'
+    assert len(parse_policy(text * 3, "test").obligations) == 3
+    many = " || ".join(f'context.workflow like "{n}*"' for n in range(190))
+    assert parse_policy(f"permit(principal, action, resource) when {{ {many} }};", "test").obligations
+
+
+def test_text_of_any_kind_is_read_in_bounded_time() -> None:
+    for text in ('\\"' * 300_000, '"' * 300_001, "//" * 300_000, "/" * 300_000, "\n" * 300_000, ";" * 100_000):
+        with contextlib.suppress(ConfigError):
+            parse_policy(text, "test")
 
 
 RULES = (

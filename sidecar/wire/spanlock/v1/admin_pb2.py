@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from sidecar.wire.spanlock.v1 import workflows_pb2 as sidecar_dot_wire_dot_spanlock_dot_v1_dot_workflows__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sidecar/wire/spanlock/v1/admin.proto\x12\x0bspanlock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a(sidecar/wire/spanlock/v1/workflows.proto\"\x0f\n\rStatusRequest\"\xa2\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x19\n\x11not_ready_because\x18\x04 \x01(\t\x12-\n\x0c\x64\x65pendencies\x18\x05 \x03(\x0b\x32\x17.spanlock.v1.Dependency\x12(\n\x06\x61gents\x18\x06 \x03(\x0b\x32\x18.spanlock.v1.AgentStatus\x12\x16\n\x0eopen_workflows\x18\x07 \x01(\x03\x12\x15\n\ractive_leases\x18\x08 \x01(\x03\x12\x1a\n\x12revocation_backlog\x18\t \x01(\x03\x12)\n\x0clast_denials\x18\n \x03(\x0b\x32\x13.spanlock.v1.Denial\x12\x14\n\x0cpolicy_epoch\x18\x0b \x01(\x03\x12\x15\n\rpolicy_digest\x18\x0c \x01(\t\x12\x16\n\x0e\x63\x61_fingerprint\x18\r \x01(\t\x12\x11\n\tlisteners\x18\x0e \x03(\t\"\xa3\x01\n\nDependency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nlast_error\x18\x04 \x01(\t\x12,\n\x08next_try\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x06 \x01(\t\"\x87\x01\n\x0b\x41gentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x33\n\x0fsvid_expires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tisolation\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\"m\n\x06\x44\x65nial\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"%\n\x14ListWorkflowsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"A\n\x15ListWorkflowsResponse\x12(\n\tworkflows\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.Workflow\"+\n\x14\x43loseWorkflowRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"A\n\rLeasesRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\"4\n\x0eLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.spanlock.v1.Lease\"\xd3\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bworkflow_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04tool\x18\x04 \x01(\t\x12\x0e\n\x06issuer\x18\x05 \x01(\t\x12\x10\n\x08\x61udience\x18\x06 \x01(\t\x12\x0e\n\x06scopes\x18\x07 \x03(\t\x12\r\n\x05state\x18\x08 \x01(\t\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04uses\x18\n \x01(\x03\x12\r\n\x05\x65poch\x18\x0b \x01(\x03\"_\n\rRevokeRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x0f\n\x07reissue\x18\x05 \x01(\x08\"5\n\x0eRevokeResponse\x12#\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.LeaseEnd\"\x0f\n\rReloadRequest\"^\n\x0eReloadResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\x12\x15\n\rneeds_restart\x18\x03 \x03(\t\x12\x14\n\x0cpolicy_epoch\x18\x04 \x01(\x03\x32\xbb\x03\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.spanlock.v1.StatusRequest\x1a\x1b.spanlock.v1.StatusResponse\x12V\n\rListWorkflows\x12!.spanlock.v1.ListWorkflowsRequest\x1a\".spanlock.v1.ListWorkflowsResponse\x12N\n\rCloseWorkflow\x12!.spanlock.v1.CloseWorkflowRequest\x1a\x1a.spanlock.v1.CloseResponse\x12\x41\n\x06Leases\x12\x1a.spanlock.v1.LeasesRequest\x1a\x1b.spanlock.v1.LeasesResponse\x12\x41\n\x06Revoke\x12\x1a.spanlock.v1.RevokeRequest\x1a\x1b.spanlock.v1.RevokeResponse\x12\x41\n\x06Reload\x12\x1a.spanlock.v1.ReloadRequest\x1a\x1b.spanlock.v1.ReloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$sidecar/wire/spanlock/v1/admin.proto\x12\x0bspanlock.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a(sidecar/wire/spanlock/v1/workflows.proto\"\x0f\n\rStatusRequest\"\xa2\x03\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12.\n\nstarted_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x19\n\x11not_ready_because\x18\x04 \x01(\t\x12-\n\x0c\x64\x65pendencies\x18\x05 \x03(\x0b\x32\x17.spanlock.v1.Dependency\x12(\n\x06\x61gents\x18\x06 \x03(\x0b\x32\x18.spanlock.v1.AgentStatus\x12\x16\n\x0eopen_workflows\x18\x07 \x01(\x03\x12\x15\n\ractive_leases\x18\x08 \x01(\x03\x12\x1a\n\x12revocation_backlog\x18\t \x01(\x03\x12)\n\x0clast_denials\x18\n \x03(\x0b\x32\x13.spanlock.v1.Denial\x12\x14\n\x0cpolicy_epoch\x18\x0b \x01(\x03\x12\x15\n\rpolicy_digest\x18\x0c \x01(\t\x12\x16\n\x0e\x63\x61_fingerprint\x18\r \x01(\t\x12\x11\n\tlisteners\x18\x0e \x03(\t\"\xb2\x01\n\nDependency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12)\n\x05since\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nlast_error\x18\x04 \x01(\t\x12,\n\x08next_try\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x65\x66\x66\x65\x63t\x18\x06 \x01(\t\x12\r\n\x05state\x18\x07 \x01(\t\"\x87\x01\n\x0b\x41gentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tspiffe_id\x18\x02 \x01(\t\x12\x33\n\x0fsvid_expires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tisolation\x18\x04 \x01(\t\x12\x0f\n\x07problem\x18\x05 \x01(\t\"m\n\x06\x44\x65nial\x12&\n\x02\x61t\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x05 \x01(\t\"%\n\x14ListWorkflowsRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\"A\n\x15ListWorkflowsResponse\x12(\n\tworkflows\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.Workflow\"+\n\x14\x43loseWorkflowRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\"A\n\rLeasesRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\"4\n\x0eLeasesResponse\x12\"\n\x06leases\x18\x01 \x03(\x0b\x32\x12.spanlock.v1.Lease\"\xd3\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\t\x12\x13\n\x0bworkflow_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04tool\x18\x04 \x01(\t\x12\x0e\n\x06issuer\x18\x05 \x01(\t\x12\x10\n\x08\x61udience\x18\x06 \x01(\t\x12\x0e\n\x06scopes\x18\x07 \x03(\t\x12\r\n\x05state\x18\x08 \x01(\t\x12.\n\nexpires_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04uses\x18\n \x01(\x03\x12\r\n\x05\x65poch\x18\x0b \x01(\x03\"_\n\rRevokeRequest\x12\x13\n\x0bworkflow_id\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x0b\n\x03\x61ll\x18\x04 \x01(\x08\x12\x0f\n\x07reissue\x18\x05 \x01(\x08\"5\n\x0eRevokeResponse\x12#\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x15.spanlock.v1.LeaseEnd\"\x0f\n\rReloadRequest\"^\n\x0eReloadResponse\x12\x0f\n\x07\x61pplied\x18\x01 \x01(\x08\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\x12\x15\n\rneeds_restart\x18\x03 \x03(\t\x12\x14\n\x0cpolicy_epoch\x18\x04 \x01(\x03\x32\xbb\x03\n\x05\x41\x64min\x12\x41\n\x06Status\x12\x1a.spanlock.v1.StatusRequest\x1a\x1b.spanlock.v1.StatusResponse\x12V\n\rListWorkflows\x12!.spanlock.v1.ListWorkflowsRequest\x1a\".spanlock.v1.ListWorkflowsResponse\x12N\n\rCloseWorkflow\x12!.spanlock.v1.CloseWorkflowRequest\x1a\x1a.spanlock.v1.CloseResponse\x12\x41\n\x06Leases\x12\x1a.spanlock.v1.LeasesRequest\x1a\x1b.spanlock.v1.LeasesResponse\x12\x41\n\x06Revoke\x12\x1a.spanlock.v1.RevokeRequest\x1a\x1b.spanlock.v1.RevokeResponse\x12\x41\n\x06Reload\x12\x1a.spanlock.v1.ReloadRequest\x1a\x1b.spanlock.v1.ReloadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,31 +38,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSRESPONSE']._serialized_start=146
   _globals['_STATUSRESPONSE']._serialized_end=564
   _globals['_DEPENDENCY']._serialized_start=567
-  _globals['_DEPENDENCY']._serialized_end=730
-  _globals['_AGENTSTATUS']._serialized_start=733
-  _globals['_AGENTSTATUS']._serialized_end=868
-  _globals['_DENIAL']._serialized_start=870
-  _globals['_DENIAL']._serialized_end=979
-  _globals['_LISTWORKFLOWSREQUEST']._serialized_start=981
-  _globals['_LISTWORKFLOWSREQUEST']._serialized_end=1018
-  _globals['_LISTWORKFLOWSRESPONSE']._serialized_start=1020
-  _globals['_LISTWORKFLOWSRESPONSE']._serialized_end=1085
-  _globals['_CLOSEWORKFLOWREQUEST']._serialized_start=1087
-  _globals['_CLOSEWORKFLOWREQUEST']._serialized_end=1130
-  _globals['_LEASESREQUEST']._serialized_start=1132
-  _globals['_LEASESREQUEST']._serialized_end=1197
-  _globals['_LEASESRESPONSE']._serialized_start=1199
-  _globals['_LEASESRESPONSE']._serialized_end=1251
-  _globals['_LEASE']._serialized_start=1254
-  _globals['_LEASE']._serialized_end=1465
-  _globals['_REVOKEREQUEST']._serialized_start=1467
-  _globals['_REVOKEREQUEST']._serialized_end=1562
-  _globals['_REVOKERESPONSE']._serialized_start=1564
-  _globals['_REVOKERESPONSE']._serialized_end=1617
-  _globals['_RELOADREQUEST']._serialized_start=1619
-  _globals['_RELOADREQUEST']._serialized_end=1634
-  _globals['_RELOADRESPONSE']._serialized_start=1636
-  _globals['_RELOADRESPONSE']._serialized_end=1730
-  _globals['_ADMIN']._serialized_start=1733
-  _globals['_ADMIN']._serialized_end=2176
+  _globals['_DEPENDENCY']._serialized_end=745
+  _globals['_AGENTSTATUS']._serialized_start=748
+  _globals['_AGENTSTATUS']._serialized_end=883
+  _globals['_DENIAL']._serialized_start=885
+  _globals['_DENIAL']._serialized_end=994
+  _globals['_LISTWORKFLOWSREQUEST']._serialized_start=996
+  _globals['_LISTWORKFLOWSREQUEST']._serialized_end=1033
+  _globals['_LISTWORKFLOWSRESPONSE']._serialized_start=1035
+  _globals['_LISTWORKFLOWSRESPONSE']._serialized_end=1100
+  _globals['_CLOSEWORKFLOWREQUEST']._serialized_start=1102
+  _globals['_CLOSEWORKFLOWREQUEST']._serialized_end=1145
+  _globals['_LEASESREQUEST']._serialized_start=1147
+  _globals['_LEASESREQUEST']._serialized_end=1212
+  _globals['_LEASESRESPONSE']._serialized_start=1214
+  _globals['_LEASESRESPONSE']._serialized_end=1266
+  _globals['_LEASE']._serialized_start=1269
+  _globals['_LEASE']._serialized_end=1480
+  _globals['_REVOKEREQUEST']._serialized_start=1482
+  _globals['_REVOKEREQUEST']._serialized_end=1577
+  _globals['_REVOKERESPONSE']._serialized_start=1579
+  _globals['_REVOKERESPONSE']._serialized_end=1632
+  _globals['_RELOADREQUEST']._serialized_start=1634
+  _globals['_RELOADREQUEST']._serialized_end=1649
+  _globals['_RELOADRESPONSE']._serialized_start=1651
+  _globals['_RELOADRESPONSE']._serialized_end=1745
+  _globals['_ADMIN']._serialized_start=1748
+  _globals['_ADMIN']._serialized_end=2191
 # @@protoc_insertion_point(module_scope)

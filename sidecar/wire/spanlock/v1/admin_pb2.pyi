@@ -47,20 +47,22 @@ class StatusResponse(_message.Message):
     def __init__(self, version: _Optional[str] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ready: _Optional[bool] = ..., not_ready_because: _Optional[str] = ..., dependencies: _Optional[_Iterable[_Union[Dependency, _Mapping]]] = ..., agents: _Optional[_Iterable[_Union[AgentStatus, _Mapping]]] = ..., open_workflows: _Optional[int] = ..., active_leases: _Optional[int] = ..., revocation_backlog: _Optional[int] = ..., last_denials: _Optional[_Iterable[_Union[Denial, _Mapping]]] = ..., policy_epoch: _Optional[int] = ..., policy_digest: _Optional[str] = ..., ca_fingerprint: _Optional[str] = ..., listeners: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Dependency(_message.Message):
-    __slots__ = ("name", "ok", "since", "last_error", "next_try", "effect")
+    __slots__ = ("name", "ok", "since", "last_error", "next_try", "effect", "state")
     NAME_FIELD_NUMBER: _ClassVar[int]
     OK_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
     LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
     NEXT_TRY_FIELD_NUMBER: _ClassVar[int]
     EFFECT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     ok: bool
     since: _timestamp_pb2.Timestamp
     last_error: str
     next_try: _timestamp_pb2.Timestamp
     effect: str
-    def __init__(self, name: _Optional[str] = ..., ok: _Optional[bool] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[str] = ..., next_try: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., effect: _Optional[str] = ...) -> None: ...
+    state: str
+    def __init__(self, name: _Optional[str] = ..., ok: _Optional[bool] = ..., since: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_error: _Optional[str] = ..., next_try: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., effect: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class AgentStatus(_message.Message):
     __slots__ = ("name", "spiffe_id", "svid_expires_at", "isolation", "problem")
