@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
@@ -28,6 +28,14 @@ class SpanlockUnavailable(RuntimeError):
     """No sidecar answers, or it refused; the text says what to do."""
 
 
+class Session(Protocol):
+    """What `configure` sets, as a session of `requests` has it."""
+
+    trust_env: bool
+    proxies: Any
+    verify: Any
+
+
 class WorkflowHold:
     """An open workflow. `close` (or the end of the block) drops and revokes everything, and returns the report."""
 
@@ -38,6 +46,7 @@ class WorkflowHold:
         self._channel: grpc.Channel | None = None
         self._stream: Any = None
         self._opened: workflows_pb2.OpenResponse | None = None
+        self._bundle: trust.OwnBundle | None = None
         self.report: workflows_pb2.CloseResponse | None = None
         """Set by the close: one `LeaseEnd` a credential."""
 
@@ -65,7 +74,7 @@ class WorkflowHold:
 
     @property
     def proxies(self) -> dict[str, str]:
-        """For `requests`: session.proxies = work.proxies."""
+        """For each call of `requests` by itself: `get(url, proxies=work.proxies, verify=…)`; for a session, `configure`."""
         return {"http": self.proxy_url, "https": self.proxy_url}
 
     @property
@@ -74,12 +83,30 @@ class WorkflowHold:
         return self.opened.ca_pem
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Trusts the system's roots and the sidecar: for httpx (`verify=`), aiohttp (`ssl=`), urllib (`context=`)."""
+        """Trusts the system's roots and the sidecar: for httpx (`verify=`), aiohttp (`ssl=`), urllib (`context=`).
+
+        Given with `proxy=work.proxy_url`, httpx and aiohttp prefer both to the environment.
+        """
         return trust.ssl_context(self.ca_pem)
 
     def write_bundle(self, directory: str | Path) -> str:
-        """The same as a file in `directory`, for `requests`: session.verify = work.write_bundle(directory)."""
+        """The same as a file in `directory`, for what takes a file, as `requests`' `verify` does."""
         return str(trust.write_bundle(Path(directory), self.ca_pem))
+
+    def configure(self, session: Session) -> None:
+        """A session of `requests` calls within this workflow from now on; it is of no use after the block.
+
+        Setting its `proxies` and `verify` is not enough: while it trusts the environment, HTTPS_PROXY, NO_PROXY and
+        REQUESTS_CA_BUNDLE win, and under `spanlock exec` those lead to the command's own workflow.
+        """
+        if not all(hasattr(session, name) for name in ("trust_env", "proxies", "verify")):
+            raise TypeError(
+                "configure() is for a session of requests; for httpx: Client(proxy=work.proxy_url, "
+                "verify=work.ssl_context()); for aiohttp: get(url, proxy=work.proxy_url, ssl=work.ssl_context())"
+            )
+        if self._bundle is None:
+            self._bundle = trust.OwnBundle(self.ca_pem)
+        session.trust_env, session.proxies, session.verify = False, self.proxies, str(self._bundle.path)
 
     def __repr__(self) -> str:
         return f"WorkflowHold({self._opened.workflow.id if self._opened else 'not open'})"
@@ -147,6 +174,9 @@ class WorkflowHold:
         self._requests.put(None)
         self._channel.close()
         self._opened = None
+        if self._bundle is not None:
+            self._bundle.remove()
+            self._bundle = None
         return self.report
 
     def __enter__(self) -> "WorkflowHold":

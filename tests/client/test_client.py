@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import aiohttp
 import httpx
 import pytest
 import requests
@@ -42,6 +43,61 @@ async def test_sync_with_requests() -> None:
 
         report = await asyncio.to_thread(work)
         assert [end.at_issuer for end in report.leases] == ["confirmed"]  # type: ignore[attr-defined]
+
+
+ELSEWHERE = {
+    "HTTP_PROXY": "http://127.0.0.1:1", "HTTPS_PROXY": "http://127.0.0.1:1", "ALL_PROXY": "http://127.0.0.1:1", "NO_PROXY": "*",
+    "REQUESTS_CA_BUNDLE": "/dev/null", "CURL_CA_BUNDLE": "/dev/null",
+}  # fmt: skip
+"""An environment that leads around the workflow, as that of `spanlock exec` leads to the command's own."""
+
+
+async def test_a_configured_session_calls_within_its_workflow_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in ELSEWHERE.items():
+        monkeypatch.setenv(name, value)
+    async with ready_stage() as stage:
+        outer = await asyncio.to_thread(workflow("exec", socket=str(stage.agent_socket)).open)
+        monkeypatch.setenv("HTTPS_PROXY", outer.proxy_url)
+        monkeypatch.delenv("NO_PROXY")
+
+        def work() -> tuple[str, str]:
+            with workflow("report", socket=str(stage.agent_socket)) as held, requests.Session() as session:
+                held.configure(session)
+                assert session.get(url(stage.search), timeout=10).status_code == 200
+                monkeypatch.setenv("NO_PROXY", "*")
+                assert session.get(url(stage.search), timeout=10).status_code == 200
+                held.configure(session)
+                return held.id, str(session.verify)
+
+        inner, bundle = await asyncio.to_thread(work)
+        flows = {noun.id: noun.flow_count for noun in stage.app.registry.remembered("demo")}
+        assert flows == {outer.id: 0, inner: 2}
+        assert not Path(bundle).parent.exists(), "the bundle goes with the workflow"
+        await asyncio.to_thread(outer.close)
+
+
+async def test_httpx_and_aiohttp_call_within_the_workflow_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (ELSEWHERE | {"SSL_CERT_FILE": "/dev/null"}).items():
+        monkeypatch.setenv(name, value)
+    async with ready_stage() as stage, workflow("report", socket=str(stage.agent_socket)) as held:
+        trust = held.ssl_context()
+        async with httpx.AsyncClient(proxy=held.proxy_url, verify=trust) as agent:
+            assert (await agent.get(url(stage.search))).status_code == 200
+        async with aiohttp.ClientSession(trust_env=True) as session:
+            async with session.get(url(stage.search), proxy=held.proxy_url, ssl=trust) as answer:
+                assert answer.status == 200
+        assert stage.app.registry.get(held.id).flow_count == 2
+
+
+async def test_only_what_is_like_a_session_of_requests_can_be_configured() -> None:
+    async with ready_stage() as stage, workflow("report", socket=str(stage.agent_socket)) as held:
+        async with httpx.AsyncClient() as agent:
+            with pytest.raises(TypeError, match="httpx: .*proxy=work.proxy_url, verify=work.ssl_context"):
+                held.configure(agent)  # type: ignore[arg-type]
 
 
 async def test_async() -> None:
