@@ -4,12 +4,9 @@ The workflow is held open by a stream, so that a crash of this process closes it
 """
 
 import asyncio
-import queue
 import ssl
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +14,8 @@ from typing import Any, Protocol
 import grpc
 
 from sidecar.client import sockets, trust
-from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2, workflows_pb2_grpc
+from sidecar.client.stream import HoldStream
+from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2
 
 _OPEN_SECONDS = 10.0
 _CALL_SECONDS = 30.0
@@ -42,9 +40,7 @@ class WorkflowHold:
     def __init__(self, socket: str | None, request: workflows_pb2.OpenRequest) -> None:
         self._socket = socket
         self._request = request
-        self._requests: queue.SimpleQueue[workflows_pb2.HoldRequest | None] = queue.SimpleQueue()
-        self._channel: grpc.Channel | None = None
-        self._stream: Any = None
+        self._stream: HoldStream | None = None
         self._opened: workflows_pb2.OpenResponse | None = None
         self._bundle: trust.OwnBundle | None = None
         self.report: workflows_pb2.CloseResponse | None = None
@@ -112,38 +108,30 @@ class WorkflowHold:
         return f"WorkflowHold({self._opened.workflow.id if self._opened else 'not open'})"
 
     def open(self) -> "WorkflowHold":
-        """Opens. Raises `SpanlockUnavailable`."""
+        """Opens; after a close, a new workflow. Raises `SpanlockUnavailable`, or RuntimeError when it is open already."""
+        if self._stream is not None:
+            raise RuntimeError("the workflow is open already; workflow() gives another")
         socket = self._socket or _only_socket()
-        self._channel = grpc.insecure_channel(f"unix:{socket}")
-        self._requests.put(workflows_pb2.HoldRequest(open=self._request))
-        self._stream = workflows_pb2_grpc.WorkflowsStub(self._channel).Hold(self._feed())  # type: ignore[no-untyped-call]
+        stream = self._stream = HoldStream(socket, self._request)
         try:
-            with self._within(_OPEN_SECONDS):
-                self._opened = next(self._stream).opened
+            self._opened = stream.opened(_OPEN_SECONDS)
         except (grpc.RpcError, StopIteration) as error:
-            self._requests.put(None)
-            self._channel.close()
             raise SpanlockUnavailable(f"{socket}: {_why(error)}") from None
+        finally:
+            if self._opened is None:
+                self._stream = None
+                stream.end()
+        self.report = None
         return self
 
-    @contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        """Cancels the stream when the block takes longer: it lives as long as the work, so it has no deadline of its own."""
-        timer = threading.Timer(seconds, self._stream.cancel)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _feed(self) -> Iterator[workflows_pb2.HoldRequest]:
-        while (request := self._requests.get()) is not None:
-            yield request
+    def _open_stream(self) -> HoldStream:
+        if self._stream is None:
+            raise RuntimeError("the workflow is not open")
+        return self._stream
 
     def renew(self) -> None:
-        """Pushes the idle time back."""
-        self._requests.put(workflows_pb2.HoldRequest())
+        """Pushes the idle time back. Raises RuntimeError outside the block."""
+        self._open_stream().send(workflows_pb2.HoldRequest())
 
     def exchange(
         self, tool: str, scope: tuple[str, ...] = (), token_type: str = ""
@@ -153,7 +141,7 @@ class WorkflowHold:
             workflow_id=self.id, tool=tool, scope=scope, requested_token_type=token_type
         )
         try:
-            stub = token_exchange_pb2_grpc.TokenExchangeStub(self._channel)  # type: ignore[no-untyped-call]
+            stub = token_exchange_pb2_grpc.TokenExchangeStub(self._open_stream().channel)  # type: ignore[no-untyped-call]
             response: token_exchange_pb2.ExchangeResponse = stub.Exchange(request, timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
             raise SpanlockUnavailable(str(error.details())) from None
@@ -161,23 +149,23 @@ class WorkflowHold:
 
     def close(self) -> workflows_pb2.CloseResponse | None:
         """Ends the workflow; the report, or None when the sidecar is gone or does not answer within 30 seconds."""
-        if self._opened is None or self._channel is None:
+        if self._opened is None:
             return self.report
-        self._requests.put(workflows_pb2.HoldRequest(close=True))
+        stream, self._stream = self._stream, None
+        if stream is None:  # another thread is closing it
+            return self.report
         try:
-            with self._within(_CALL_SECONDS):
-                for response in self._stream:
-                    if response.HasField("closed"):
-                        self.report = response.closed
-        except grpc.RpcError:
-            self.report = None
-        self._requests.put(None)
-        self._channel.close()
-        self._opened = None
+            self.report = stream.closed(_CALL_SECONDS)
+        finally:
+            stream.end()
+            self._opened = None
+            self._remove_bundle()
+        return self.report
+
+    def _remove_bundle(self) -> None:
         if self._bundle is not None:
             self._bundle.remove()
             self._bundle = None
-        return self.report
 
     def __enter__(self) -> "WorkflowHold":
         return self.open()

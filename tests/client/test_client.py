@@ -109,6 +109,29 @@ async def test_async() -> None:
         assert held.report is not None and held.report.reason == "closed"
 
 
+async def test_a_hold_opens_one_workflow_at_a_time() -> None:
+    async with ready_stage() as stage:
+        held = workflow("report", socket=str(stage.agent_socket))
+        async with held:
+            first = held.id
+            with pytest.raises(RuntimeError, match="open already"):
+                held.open()
+            with pytest.raises(RuntimeError, match="open already"):
+                async with held:
+                    pass
+            assert held.id == first and stage.app.registry.open_count == 1
+        async with held:
+            assert held.id != first and held.report is None, "after the close it opens anew"
+        assert held.report is not None and stage.app.registry.open_count == 0
+
+
+def test_a_hold_that_could_not_open_may_be_opened_again(tmp_path: Path) -> None:
+    held = workflow("x", socket=str(tmp_path / "s.sock"))
+    for _ in range(2):
+        with pytest.raises(SpanlockUnavailable):
+            held.open()
+
+
 async def test_a_task_cancelled_while_it_opens_leaves_no_workflow_open(monkeypatch: pytest.MonkeyPatch) -> None:
     async with ready_stage() as stage:
         started, gate, open_it = threading.Event(), threading.Event(), WorkflowHold.open
