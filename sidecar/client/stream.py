@@ -1,7 +1,10 @@
 """The call that holds a workflow open, with its channel: what the sidecar sees of a hold."""
 
+import ctypes
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +14,24 @@ import grpc
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
 from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 
+_LIVE: "weakref.WeakSet[HoldStream]" = weakref.WeakSet()
+
 
 class HoldStream:
     """One call of `Workflows.Hold`. Every wait has an end: the call lives as long as the work, so it has no deadline itself."""
 
     def __init__(self, socket: str, request: pb.OpenRequest) -> None:
+        self._pid = os.getpid()
+        _LIVE.add(self)
         self.channel = grpc.insecure_channel(f"unix:{socket}")
         self._requests: queue.SimpleQueue[pb.HoldRequest | None] = queue.SimpleQueue()
         self.send(pb.HoldRequest(open=request))
         self._answers: Any = workflows_pb2_grpc.WorkflowsStub(self.channel).Hold(_feed(self._requests))  # type: ignore[no-untyped-call]
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether a forked child asks: gRPC's threads are only in the process that made the call; to wait for them hangs."""
+        return os.getpid() != self._pid
 
     def send(self, request: pb.HoldRequest) -> None:
         """Never waits."""
@@ -64,3 +76,12 @@ class HoldStream:
 def _feed(requests: "queue.SimpleQueue[pb.HoldRequest | None]") -> Iterator[pb.HoldRequest]:
     while (request := requests.get()) is not None:
         yield request
+
+
+def _keep_in_child() -> None:
+    """A forked child never lets go of its parent's calls: gRPC would cancel them, over the connection that both have."""
+    for stream in _LIVE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))  # outlives even the interpreter's end
+
+
+os.register_at_fork(after_in_child=_keep_in_child)

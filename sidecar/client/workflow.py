@@ -148,8 +148,11 @@ class WorkflowHold:
         return response
 
     def close(self) -> workflows_pb2.CloseResponse | None:
-        """Ends the workflow; the report, or None when the sidecar is gone or does not answer within 30 seconds."""
-        if self._opened is None:
+        """Ends the workflow; the report, or None when the sidecar is gone or does not answer within 30 seconds.
+
+        In a forked child of the process that opened it nothing happens: the work is the parent's, and so is the connection.
+        """
+        if self._opened is None or self._open_stream().is_inherited:
             return self.report
         stream, self._stream = self._stream, None
         if stream is None:  # another thread is closing it

@@ -132,6 +132,33 @@ def test_a_hold_that_could_not_open_may_be_opened_again(tmp_path: Path) -> None:
             held.open()
 
 
+FORKS = """
+import os, sys
+import requests
+from sidecar.client.workflow import workflow
+with workflow("report", socket=sys.argv[1]) as held:
+    session = requests.Session()
+    held.configure(session)
+    if (child := os.fork()) == 0:
+        assert held.close() is None
+        sys.exit(7)  # leaves the block, and the interpreter, as a worker does
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), os.path.exists(session.verify), held.id, flush=True)
+    sys.stdin.read()
+print(held.report.reason)
+"""
+
+
+async def test_a_forked_child_closes_nothing_of_its_parents() -> None:
+    async with ready_stage() as stage:
+        words = (sys.executable, "-c", FORKS, str(stage.agent_socket))
+        process = await asyncio.create_subprocess_exec(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert process.stdin is not None and process.stdout is not None
+        status, bundle, held = (await asyncio.wait_for(process.stdout.readline(), 20)).decode().split()
+        assert (status, bundle) == ("7", "True") and stage.app.registry.get(held).is_open
+        process.stdin.close()
+        assert await asyncio.wait_for(process.stdout.read(), 20) == b"closed\n"
+
+
 async def test_a_task_cancelled_while_it_opens_leaves_no_workflow_open(monkeypatch: pytest.MonkeyPatch) -> None:
     async with ready_stage() as stage:
         started, gate, open_it = threading.Event(), threading.Event(), WorkflowHold.open
