@@ -26,7 +26,7 @@ class HoldStream:
         self.channel = grpc.insecure_channel(f"unix:{socket}")
         self._requests: queue.SimpleQueue[pb.HoldRequest | None] = queue.SimpleQueue()
         self.send(pb.HoldRequest(open=request))
-        self._answers: Any = workflows_pb2_grpc.WorkflowsStub(self.channel).Hold(_feed(self._requests))  # type: ignore[no-untyped-call]
+        self._answers: Any = workflows_pb2_grpc.WorkflowsStub(self.channel).Hold(_feed(self._requests, self.channel))  # type: ignore[no-untyped-call]
 
     @property
     def is_inherited(self) -> bool:
@@ -56,9 +56,13 @@ class HoldStream:
             return None
         return report
 
+    def let_go(self) -> None:
+        """The same as `end` by gRPC's own thread, soon: for a finalizer, which runs anywhere and can wait for no lock."""
+        self._requests.put(None)
+
     def end(self) -> None:
         """Ends the call, however far it is, and the connection."""
-        self._requests.put(None)
+        self.let_go()
         self.channel.close()
 
     @contextmanager
@@ -73,9 +77,11 @@ class HoldStream:
             timer.cancel()
 
 
-def _feed(requests: "queue.SimpleQueue[pb.HoldRequest | None]") -> Iterator[pb.HoldRequest]:
+def _feed(requests: "queue.SimpleQueue[pb.HoldRequest | None]", channel: grpc.Channel) -> Iterator[pb.HoldRequest]:
+    """No method: gRPC's thread, which reads it, would keep a call alive that nobody else remembers."""
     while (request := requests.get()) is not None:
         yield request
+    channel.close()
 
 
 def _keep_in_child() -> None:

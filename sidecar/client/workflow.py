@@ -6,6 +6,8 @@ The workflow is held open by a stream, so that a crash of this process closes it
 import asyncio
 import ssl
 import threading
+import warnings
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +37,10 @@ class Session(Protocol):
 
 
 class WorkflowHold:
-    """An open workflow. `close` (or the end of the block) drops and revokes everything, and returns the report."""
+    """An open workflow. `close` (or the end of the block) drops and revokes everything, and returns the report.
+
+    One that is forgotten without a close closes its workflow when it is collected, with a ResourceWarning, as files do.
+    """
 
     def __init__(self, socket: str | None, request: workflows_pb2.OpenRequest) -> None:
         self._socket = socket
@@ -43,6 +48,7 @@ class WorkflowHold:
         self._stream: HoldStream | None = None
         self._opened: workflows_pb2.OpenResponse | None = None
         self._bundle: trust.OwnBundle | None = None
+        self._forgotten: weakref.finalize[..., WorkflowHold] | None = None
         self.report: workflows_pb2.CloseResponse | None = None
         """Set by the close: one `LeaseEnd` a credential."""
 
@@ -122,6 +128,8 @@ class WorkflowHold:
                 self._stream = None
                 stream.end()
         self.report = None
+        self._forgotten = weakref.finalize(self, _forgotten, stream, self.id)
+        self._forgotten.atexit = False  # the connection ends with the process, and so does the workflow
         return self
 
     def _open_stream(self) -> HoldStream:
@@ -157,6 +165,8 @@ class WorkflowHold:
         stream, self._stream = self._stream, None
         if stream is None:  # another thread is closing it
             return self.report
+        if self._forgotten is not None:
+            self._forgotten.detach()
         try:
             self.report = stream.closed(_CALL_SECONDS)
         finally:
@@ -197,6 +207,13 @@ class WorkflowHold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.close)
+
+
+def _forgotten(stream: HoldStream, workflow_id: str) -> None:
+    """What a hold leaves to be done that is collected without having been closed."""
+    if not stream.is_inherited:
+        stream.let_go()
+        warnings.warn(f"unclosed workflow {workflow_id}", ResourceWarning, stacklevel=2)
 
 
 def _only_socket() -> str:

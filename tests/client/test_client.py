@@ -1,6 +1,8 @@
 """The client library against the real sidecar, and what importing it pulls in."""
 
 import asyncio
+import gc
+import os
 import socket
 import subprocess
 import sys
@@ -43,6 +45,10 @@ async def test_sync_with_requests() -> None:
 
         report = await asyncio.to_thread(work)
         assert [end.at_issuer for end in report.leases] == ["confirmed"]  # type: ignore[attr-defined]
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 ELSEWHERE = {
@@ -130,6 +136,52 @@ def test_a_hold_that_could_not_open_may_be_opened_again(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(SpanlockUnavailable):
             held.open()
+
+
+async def test_a_hold_that_is_dropped_closes_its_workflow_and_says_so() -> None:
+    async with ready_stage() as stage:
+
+        def forget() -> None:
+            workflow("forgotten", socket=str(stage.agent_socket)).open()
+            gc.collect()
+
+        before = descriptors()
+        with pytest.warns(ResourceWarning, match="unclosed workflow wf_"):
+            await asyncio.to_thread(forget)
+        (noun,) = stage.app.registry.remembered("demo")
+        await asyncio.wait_for(stage.app.registry.wait_closed(noun), 10)
+        assert noun.close_reason == "holder_gone"
+        async with asyncio.timeout(10):
+            while descriptors() > before:  # the connection goes too
+                await asyncio.sleep(0.01)
+
+
+async def test_a_hold_that_was_closed_is_dropped_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    async with ready_stage() as stage:
+        async with workflow("report", socket=str(stage.agent_socket)) as held:
+            pass
+        del held
+        gc.collect()
+    assert not [w for w in recwarn if "workflow" in str(w.message)]
+
+
+EXITS = """
+import sys
+from sidecar.client.workflow import workflow
+held = workflow("report", socket=sys.argv[1]).open()
+"""
+
+
+async def test_a_hold_that_is_open_at_the_interpreters_exit_holds_nothing_up() -> None:
+    async with ready_stage() as stage:
+        with stage.app.registry.watch("demo") as changes:
+            words = (sys.executable, "-W", "error", "-c", EXITS, str(stage.agent_socket))
+            process = await asyncio.create_subprocess_exec(*words, stderr=subprocess.PIPE)
+            _, err = await asyncio.wait_for(process.communicate(), 20)
+            assert (err, process.returncode) == (b"", 0)
+            async with asyncio.timeout(10):
+                seen = [await changes.get() for _ in range(3)]
+        assert seen[-1] is not None and seen[-1].close_reason == "holder_gone"
 
 
 FORKS = """
