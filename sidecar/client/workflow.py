@@ -28,6 +28,14 @@ class SpanlockUnavailable(RuntimeError):
     """No sidecar answers, or it refused; the text says what to do."""
 
 
+class SpanlockRefused(SpanlockUnavailable):
+    """The sidecar answers, and says no. `reason` is its stable word, which `spanlock explain` knows."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class Session(Protocol):
     """What `configure` sets, as a session of `requests` has it."""
 
@@ -114,7 +122,10 @@ class WorkflowHold:
         return f"WorkflowHold({self._opened.workflow.id if self._opened else 'not open'})"
 
     def open(self) -> "WorkflowHold":
-        """Opens; after a close, a new workflow. Raises `SpanlockUnavailable`, or RuntimeError when it is open already."""
+        """Opens; after a close, a new workflow. Raises `SpanlockUnavailable`, or RuntimeError when it is open already.
+
+        The sidecar's own no is the kind `SpanlockRefused`.
+        """
         if self._stream is not None:
             raise RuntimeError("the workflow is open already; workflow() gives another")
         socket = self._socket or _only_socket()
@@ -122,7 +133,7 @@ class WorkflowHold:
         try:
             self._opened = stream.opened(_OPEN_SECONDS)
         except (grpc.RpcError, StopIteration) as error:
-            raise SpanlockUnavailable(f"{socket}: {_why(error)}") from None
+            raise _failure(error, f"{socket}: {_why(error)}") from None
         finally:
             if self._opened is None:
                 self._stream = None
@@ -152,7 +163,7 @@ class WorkflowHold:
             stub = token_exchange_pb2_grpc.TokenExchangeStub(self._open_stream().channel)  # type: ignore[no-untyped-call]
             response: token_exchange_pb2.ExchangeResponse = stub.Exchange(request, timeout=_CALL_SECONDS)
         except grpc.RpcError as error:
-            raise SpanlockUnavailable(str(error.details())) from None
+            raise _failure(error, str(error.details())) from None
         return response
 
     def close(self) -> workflows_pb2.CloseResponse | None:
@@ -230,6 +241,12 @@ def _only_socket() -> str:
     raise SpanlockUnavailable(
         f"no agent's socket in {where}; is the sidecar running (`spanlock run`)? Set SPANLOCK_SOCKET or SPANLOCK_RUN_DIR"
     )
+
+
+def _failure(error: Exception, text: str) -> SpanlockUnavailable:
+    metadata = error.trailing_metadata() if isinstance(error, grpc.RpcError) else None
+    reason = next((str(item.value) for item in metadata or () if item.key == "x-spanlock-reason"), None)
+    return SpanlockUnavailable(text) if reason is None else SpanlockRefused(text, reason)
 
 
 def _why(error: Exception) -> str:

@@ -14,10 +14,13 @@ import httpx
 import pytest
 import requests
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import Tracer
 
+from sidecar.cli.stage import Stage
+from sidecar.client import otel
 from sidecar.client import workflow as client
 from sidecar.client.otel import SpanlockSpanProcessor
-from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
+from sidecar.client.workflow import SpanlockRefused, SpanlockUnavailable, WorkflowHold, workflow
 from tests.stage import ready_stage, url
 
 
@@ -273,12 +276,115 @@ def test_a_sidecar_that_hangs_does_not_hang_the_agent(tmp_path: Path, monkeypatc
         silent.listen()
         with pytest.raises(SpanlockUnavailable, match="no answer within 0.2 s"):
             workflow("x", socket=str(tmp_path / "s.sock")).open()
-        processor = SpanlockSpanProcessor(socket=str(tmp_path / "s.sock"))
-        provider = TracerProvider()
-        provider.add_span_processor(processor)
-        with provider.get_tracer("t").start_as_current_span("work"):
+        processor, tracer = spans(tmp_path / "s.sock")
+        with tracer.start_as_current_span("work"):
             pass
         assert not processor._held
+
+
+def spans(socket: Path) -> tuple[SpanlockSpanProcessor, Tracer]:
+    processor = SpanlockSpanProcessor(socket=str(socket))
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(processor)
+    return processor, provider.get_tracer("t")
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[WorkflowHold]:
+    """Every hold that is opened from now on, or tried."""
+    tried, open_it = [], WorkflowHold.open
+
+    def noted(held: WorkflowHold) -> WorkflowHold:
+        tried.append(held)
+        return open_it(held)
+
+    monkeypatch.setattr(WorkflowHold, "open", noted)
+    return tried
+
+
+def test_spans_without_a_sidecar_are_said_once_and_cost_one_try(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    tried, (_, tracer) = counted(monkeypatch), spans(tmp_path / "none.sock")
+    for _ in range(3):
+        tracer.start_span("work").end()
+    assert len(tried) == 1
+    monkeypatch.setattr(otel, "_PAUSE", 0.0)
+    processor, tracer = spans(tmp_path / "none.sock")
+    for _ in range(3):
+        tracer.start_span("work").end()
+    assert len(tried) == 4, "after the pause it is tried again"
+    assert [(r.name, r.levelname) for r in caplog.records] == [("spanlock", "WARNING")] * 2, "once an outage, each"
+    assert "no_workflow" in caplog.text and "SPANLOCK_SOCKET" in caplog.text
+
+
+def test_the_next_outage_is_said_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    def scripted(held: WorkflowHold) -> WorkflowHold:
+        if answers.pop(0):
+            return held
+        raise SpanlockUnavailable("down")
+
+    answers = [True, False, False, True, True, False, True]
+    monkeypatch.setattr(otel, "_PAUSE", 0.0)
+    monkeypatch.setattr(WorkflowHold, "open", scripted)
+    caplog.set_level("INFO", "spanlock")
+    _, tracer = spans(tmp_path / "s.sock")
+    while answers:
+        tracer.start_span("work").end()
+    assert [r.levelname for r in caplog.records if r.name == "spanlock"] == ["WARNING", "INFO"] * 2
+
+
+def begin_and_end(tracer: Tracer, name: str) -> None:
+    tracer.start_span(name).end()
+
+
+class Choosy(Stage):
+    """Permits every workflow but those of one name."""
+
+    def write_files(self) -> None:
+        super().write_files()
+        forbidden = 'forbid(principal, action == Spanlock::Action::"workflow.open", resource) when { context.workflow == "no" };'
+        with (self.dir / "policy.cedar").open("a") as policy:
+            policy.write(forbidden)
+
+
+async def test_a_span_that_is_refused_is_said_once_and_keeps_no_other_from_its_workflow(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with Choosy() as stage:
+        processor, tracer = spans(stage.agent_socket)
+        for name in ("no", "yes", "no", "yes"):
+            await asyncio.to_thread(begin_and_end, tracer, name)
+        assert [w.name for w in stage.app.registry.remembered("demo")] == ["yes", "yes"]
+        (said,) = [r.getMessage() for r in caplog.records if r.name == "spanlock"]
+        assert "policy_denied" in said
+        with pytest.raises(SpanlockRefused) as refused:
+            await asyncio.to_thread(workflow("no", socket=str(stage.agent_socket)).open)
+        assert refused.value.reason == "policy_denied"
+        await asyncio.to_thread(processor.shutdown)
+
+
+def test_one_span_at_a_time_asks_whether_the_sidecar_is_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    processor, tracer = spans(tmp_path / "none.sock")
+    tracer.start_span("work").end()
+    asked, answer, threads = threading.Event(), threading.Event(), []
+
+    def hangs(held: WorkflowHold) -> WorkflowHold:
+        threads.append(threading.current_thread())
+        asked.set()
+        assert answer.wait(10)
+        raise SpanlockUnavailable("hangs")
+
+    monkeypatch.setattr(WorkflowHold, "open", hangs)
+    processor._again = 0.0  # the pause is over
+    asking = threading.Thread(target=lambda: tracer.start_span("work").end())
+    asking.start()
+    assert asked.wait(10)
+    tracer.start_span("meanwhile").end()
+    answer.set()
+    asking.join(10)
+    assert threads == [asking]
 
 
 async def test_a_sidecar_that_hangs_at_the_close_does_not_hang_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
