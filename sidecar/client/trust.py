@@ -1,7 +1,10 @@
 """Trust for intercepted connections: the system's roots, and the sidecar's CA beside them."""
 
 import os
+import shutil
 import ssl
+import tempfile
+import weakref
 from pathlib import Path
 
 
@@ -28,3 +31,17 @@ def write_bundle(directory: Path, ca_pem: str) -> Path:
     bundle = directory / "bundle.pem"
     bundle.write_text(roots.rstrip() + "\n" + ca_pem)
     return bundle
+
+
+class OwnBundle:
+    """`write_bundle` in a directory of its own, for whoever has none: it goes with its owner, and not with a forked child's."""
+
+    def __init__(self, ca_pem: str) -> None:
+        directory = tempfile.mkdtemp(prefix="spanlock-ca-")
+        self.remove = weakref.finalize(self, _remove, directory, os.getpid())
+        self.path = write_bundle(Path(directory), ca_pem)
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(directory, ignore_errors=True)

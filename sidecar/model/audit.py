@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 
 class FlowRecord(NamedTuple):
-    """One call, as the agent made it: never headers, never a query, never a body. A tuple, as it is made per request."""
+    """One call, as the agent made it: never headers, never a query, never a body. A tuple, as it is made per request.
+
+    Also an RPC on the agent's socket that was refused: `mode` is grpc, `method` the RPC's name, `status` gRPC's code, and `uid`
+    is -1, as gRPC does not show it.
+    """
 
     time: float
     """Wall seconds."""
@@ -32,12 +36,26 @@ class FlowRecord(NamedTuple):
     """The pinned IP address."""
 
 
+class RpcRefusal(NamedTuple):
+    """An RPC on an agent's socket that was refused; becomes a `FlowRecord`."""
+
+    agent: str
+    rpc: str
+    workflow: str
+    """As the agent wrote it, and so is the tool: neither need exist."""
+    tool: str
+    status: int
+    """gRPC's code."""
+    reason: str
+    detail: str
+
+
 class LeaseRecord(NamedTuple):
     """One event in a lease's life."""
 
     time: float
     event: str
-    """issued, issue_failed, renewed, renew_failed, dropped, revoked."""
+    """issued, issue_failed, renewed, renew_failed, exported (the agent was given the token itself), dropped, revoked."""
     lease: str
     workflow: str
     agent: str
@@ -52,6 +70,8 @@ class LeaseRecord(NamedTuple):
     policy_ids: tuple[str, ...]
     seconds: float
     """How long the step took."""
+    expires_at: float
+    """Of an exported token by itself, in wall seconds; -1.0: no end. 0.0 for every other event."""
 
 
 class WorkflowRecord(NamedTuple):
