@@ -22,8 +22,8 @@ import uvloop
 from sidecar.cli import environment
 from sidecar.cli.foreign_uid import foreign_uid_refused
 from sidecar.cli.proof import Proof
-from sidecar.cli.residual import residual, seconds
 from sidecar.cli.stage import AGENT_ID, Stage
+from sidecar.client.summary import residual, seconds
 from sidecar.client.trust import write_bundle
 from sidecar.control import convert
 from sidecar.demo.tools import DemoTool, masked

@@ -22,10 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sidecar.cli import environment, shim, stdio
 from sidecar.cli.embedded import Configuration, Embedded
-from sidecar.cli.residual import residual, seconds
 from sidecar.cli.signals import Interrupted, Signals
 from sidecar.cli.terminal import Terminal, wait
 from sidecar.client import sockets
+from sidecar.client.summary import seconds, summary
 from sidecar.client.workflow import SpanlockUnavailable, WorkflowHold, workflow
 from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
@@ -35,7 +35,7 @@ _FAILED = 125
 _START_SECONDS = 15.0
 _RECEIPT = (
     "Writes how each credential ended to this file, as JSON. `residual_seconds` is rounded up; null: no end. When the sidecar "
-    "went away, `reason` is unknown and `credentials` null."
+    "went away, `reason` is unknown and `credentials` null. `refused`: how many calls were, by reason."
 )
 
 
@@ -233,8 +233,7 @@ def _run(cmd: list[str], variables: dict[str, str], signals: Signals) -> int:
 
 def _tell(workflow_id: str, report: pb.CloseResponse | None, receipt: IO[str] | None) -> None:
     """The last line on standard error, and the receipt: what died, and what did not."""
-    gone = "the sidecar went away; what it held ends with its own expiry"
-    print(f"spanlock: {gone if report is None else summary(report)}", file=sys.stderr)
+    print(f"spanlock: {summary(report)}", file=sys.stderr)
     if receipt is not None:
         receipt.write(json.dumps(_unknown(workflow_id) if report is None else _document(report), indent=1) + "\n")
 
@@ -258,31 +257,11 @@ def _document(report: pb.CloseResponse) -> dict[str, Any]:
         "close_to_dropped_ms": report.dropped_after.ToNanoseconds() / 1e6,
         "close_to_revoked_ms": report.revoked_after.ToNanoseconds() / 1e6,
         "credentials": ends,
+        "refused": dict(report.refused),
     }
 
 
 def _unknown(workflow_id: str) -> dict[str, Any]:
     """The receipt of a workflow whose end nobody told us: the same fields, and not a word that is not known."""
     times = {"close_to_dropped_ms": None, "close_to_revoked_ms": None}
-    return {"workflow": workflow_id, "reason": "unknown", **times, "credentials": None}
-
-
-def summary(report: pb.CloseResponse) -> str:
-    """What died and what did not, in one line; for example:
-
-    2 credentials: 1 confirmed dead, 1 confirmed, residual at the tool (reports: offline, at most 241 s); revoked in 38 ms
-    """
-    if not report.leases:
-        return "no credentials were needed"
-    counts: dict[str, int] = {}
-    for end in report.leases:
-        word = "confirmed dead" if end.at_issuer == "confirmed" and seconds(end) == 0 else str(end.at_issuer)
-        counts[word] = counts.get(word, 0) + 1
-    parts = [f"{count} {word}" for word, count in counts.items()]
-    living = [end for end in report.leases if seconds(end) != 0]
-    if living:
-        tools = ", ".join(f"{end.tool}: {end.token_check}, {residual(end)}" for end in living)
-        parts.append(f"residual at the tool ({tools})")
-    milliseconds = report.revoked_after.ToNanoseconds() / 1e6
-    number = len(report.leases)
-    return f"{number} credential{'s' * (number != 1)}: {', '.join(parts)}; revoked in {milliseconds:.0f} ms"
+    return {"workflow": workflow_id, "reason": "unknown", **times, "credentials": None, "refused": None}

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from sidecar.cli import operator
-from sidecar.cli.residual import residual, seconds
+from sidecar.client.summary import residual, seconds
 from sidecar.wire.spanlock.v1 import admin_pb2 as pb
 
 

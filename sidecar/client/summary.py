@@ -15,17 +15,34 @@ def summary(report: pb.CloseResponse | None) -> str:
     """
     if report is None:
         return "the sidecar went away; what it held ends with its own expiry"
-    if not report.leases:
-        return "no credentials were needed"
     counts = Counter(map(_outcome, report.leases))
+    number = counts.total()
     parts = [f"{count} {word}" for word, count in counts.items()]
     living = [end for end in report.leases if seconds(end) != 0]
     if living:
         tools = ", ".join(f"{end.tool}: {end.token_check}, {residual(end)}" for end in living)
         parts.append(f"residual at the tool ({tools})")
+    credentials = (
+        f"{number} credential{'s' * (number != 1)}: {', '.join(parts)}" if number else "no credentials were needed"
+    )
+    return credentials + _time(report) + _refused(report)
+
+
+def _time(report: pb.CloseResponse) -> str:
+    """How long the issuers took, where they took anything back."""
     milliseconds = report.revoked_after.ToNanoseconds() / 1e6
-    number = len(report.leases)
-    return f"{number} credential{'s' * (number != 1)}: {', '.join(parts)}; revoked in {milliseconds:.0f} ms"
+    outcomes = {end.at_issuer for end in report.leases}
+    if "failed" in outcomes:
+        return f"; not all revoked within {milliseconds:.0f} ms, the sidecar tries on"
+    return f"; revoked in {milliseconds:.0f} ms" if outcomes & {"confirmed", "acknowledged"} else ""
+
+
+def _refused(report: pb.CloseResponse) -> str:
+    number, reasons = sum(report.refused.values()), sorted(report.refused)
+    if not number:
+        return ""
+    calls = "1 call was" if number == 1 else f"{number} calls were"
+    return f"; {calls} refused: {', '.join(reasons)} (spanlock explain {reasons[0]})"
 
 
 def _outcome(end: pb.LeaseEnd) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from sidecar.cli import demo, exec, main, operator
 from sidecar.cli.demo import Story
+from sidecar.client.summary import summary
 from sidecar.clock import SystemClock
 from sidecar.control import convert
 from sidecar.model.lease import CloseReport, IssuerOutcome, LeaseEnd, TokenCheck
@@ -27,13 +28,33 @@ def report(*ends: LeaseEnd) -> pb.CloseResponse:
     return convert.close_report(CloseReport("wf_1", "demo", "closed", ends, 0.2, 38.0))
 
 
-def test_the_last_line_of_exec_is_the_example_of_its_docstring() -> None:
-    example = (exec.summary.__doc__ or "").strip().splitlines()[-1].strip()
-    assert exec.summary(report(SEARCH, REPORTS)) == example and "at most 241 s" in example
+@pytest.mark.parametrize(
+    ("outcome", "says"),
+    [
+        (IssuerOutcome.FAILED, "1 credential: 1 failed, residual at the tool (t: introspection, at most 9 s); not all revoked within 38 ms, the sidecar tries on"),
+        (IssuerOutcome.MINT_UNKNOWN, "1 credential: 1 mint_unknown, residual at the tool (t: introspection, at most 9 s)"),
+    ],
+)  # fmt: skip
+def test_what_was_not_revoked_is_not_said_to_be(outcome: IssuerOutcome, says: str) -> None:
+    assert summary(report(end("t", outcome, 9.0, TokenCheck.INTROSPECTION))) == says
+
+
+def test_calls_that_were_refused_are_told_beside_the_credentials() -> None:
+    some = report(SEARCH)
+    some.refused["policy_denied"] = 2
+    some.refused["unknown_tool"] = 1
+    told = "; revoked in 38 ms; 3 calls were refused: policy_denied, unknown_tool (spanlock explain policy_denied)"
+    assert summary(some).endswith(told)
+    none = report()
+    none.refused["unknown_caller"] = 1
+    assert (
+        summary(none)
+        == "no credentials were needed; 1 call was refused: unknown_caller (spanlock explain unknown_caller)"
+    )
 
 
 def test_a_static_secret_has_no_end_on_the_last_line_and_null_in_the_receipt() -> None:
-    assert "residual at the tool (legacy: unknown, no end)" in exec.summary(report(LEGACY))
+    assert "residual at the tool (legacy: unknown, no end)" in summary(report(LEGACY))
     receipt = io.StringIO()
     exec._tell("wf_1", report(SEARCH, REPORTS, LEGACY), receipt)
     told = json.loads(receipt.getvalue())["credentials"]
