@@ -173,7 +173,8 @@ async def test_the_receipt_of_a_sidecar_that_went_away_says_that_nothing_is_know
         _, err = await asyncio.wait_for(process.communicate(b"go on\n"), 30)
     assert process.returncode == 0 and b"the sidecar went away" in err
     assert json.loads(receipt.read_text()) == {
-        "workflow": workflow, "reason": "unknown", "close_to_dropped_ms": None, "close_to_revoked_ms": None, "credentials": None
+        "workflow": workflow, "reason": "unknown", "close_to_dropped_ms": None, "close_to_revoked_ms": None, "credentials": None,
+        "refused": None,
     }  # fmt: skip
 
 
