@@ -274,6 +274,7 @@ class App:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:
             self.background.spawn(self.broker.withdraw(tool=tool.name), f"withdraw {tool.name}")
+        self.audit.reopen()
         self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
         return admin_pb2.ReloadResponse(applied=True, needs_restart=restart, policy_epoch=self.decider.epoch)
 

@@ -70,6 +70,10 @@ class AuditSink(Protocol):
         """Whole lines of JSON, each ended by a newline. May raise OSError: the log counts it and says so."""
         ...
 
+    def reopen(self) -> None:
+        """A reload: a file is opened anew, so that a rotation takes effect. May raise OSError."""
+        ...
+
     def close(self) -> None: ...
 
 

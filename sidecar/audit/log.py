@@ -79,6 +79,14 @@ class AuditLog:
         if lost:
             self._on_lost(lost)
 
+    def reopen(self) -> None:
+        """Writes what is noted and goes on in a file opened anew (logrotate and SIGHUP). One that cannot be is said."""
+        self.flush()
+        try:
+            self._sink.reopen()
+        except OSError as error:
+            self._log.error("audit_not_reopened", error=error.strerror, effect="records go on to the file as it was")
+
     def close(self) -> None:
         """Writes what is left and closes the sink."""
         self.flush()

@@ -15,8 +15,20 @@ class FileSink:
     """Appends to a file that only its owner reads. Raises OSError when it cannot be opened."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._lines = _Lines(self._descriptor, _ends_in_mid_line(self._descriptor, path))
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        # Not blocking: a pipe that nobody reads is an error, and not a standstill.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        self._descriptor = os.open(self._path, flags, 0o600)
+        self._lines = _Lines(self._descriptor, _ends_in_mid_line(self._descriptor, self._path))
+
+    def reopen(self) -> None:
+        """Goes on in the file that has the name now; a rotation has moved the old one. Raises OSError, and the old one stays."""
+        before = self._descriptor
+        self._open()
+        os.close(before)
 
     def write(self, lines: bytes) -> None:
         self._lines.write(lines)
@@ -60,6 +72,9 @@ class StdoutSink:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def reopen(self) -> None:
+        """Standard output stays what it is."""
 
     def _run(self) -> None:
         while (lines := self._batches.get()) is not None:

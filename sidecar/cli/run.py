@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import gc
+import os
 import resource
 import signal
 import sys
@@ -47,6 +48,7 @@ def command(
 
 def _harden() -> None:
     """No core dump and no ptrace by the same uid: what is in memory stays there (prctl(2) PR_SET_DUMPABLE). Files enough."""
+    os.environ.pop("SSLKEYLOGFILE", None)  # ssl's default contexts would write the keys of our connections to it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # each call in flight needs two, and a shell gives 1,024

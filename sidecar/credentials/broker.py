@@ -73,6 +73,7 @@ class Broker:
         self._on_drop = on_drop
         self._events = LeaseEvents(clock, on_event)
         self._mint = Mint(self.revoker.exchangers, clock, config.exchange_deadline)
+        self.revoker.on_answer = self._mint.answered
         self._endings = Endings(self.revoker, clock, config, background, self._events)
         self._handles = Handles()
         self._uses: dict[str, dict[str, int]] = {}

@@ -93,7 +93,10 @@ class Endings:
             outcomes.append(IssuerOutcome.MINT_UNKNOWN)
         outcome = worst(outcomes)
         held.lease.state = step(LEASE_TABLE, held.lease.state, LeaseEvent.REVOKE_DONE)
-        end = self._facts(held, outcome, "")
+        proof = (held.lease.key.issuer, held.tool.name)
+        end = self._facts(
+            held, outcome, self._revoker.unproven.get(proof, "") if outcome is IssuerOutcome.ACKNOWLEDGED else ""
+        )
         self._events.tell(held, "revoked", reason=reason, outcome=outcome, residual=end.residual_seconds)
         return end
 

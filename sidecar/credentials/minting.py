@@ -65,6 +65,12 @@ class Mint:
         self._note(issuer, None)
         return credential
 
+    def answered(self, issuer: str) -> None:
+        """It took a token back, so it is there again, whatever the last exchange said."""
+        error, _ = self._issuers.get(issuer, (None, 0.0))
+        if error is not None and error.reason is Reason.ISSUER_UNAVAILABLE:
+            self._note(issuer, None)
+
     def _note(self, issuer: str, error: SpanlockError | None) -> None:
         """Logs each change, the first answer too: well, or for which other reason not."""
         known = issuer in self._issuers

@@ -7,7 +7,7 @@ answers `active: false` to whoever asks proves nothing. A failed revocation is t
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from sidecar.backoff import delays
 from sidecar.clock import Clock
@@ -53,6 +53,10 @@ class Revoker:
         """Issuer to the last reason why it does not revoke; empty when all do."""
         self.waiting: Counter[str] = Counter()
         """Issuer to how many tokens are still to be revoked there."""
+        self.unproven: dict[tuple[str, str], str] = {}
+        """(issuer, tool) to why its last revocation could not be confirmed."""
+        self.on_answer: Callable[[str], None] = lambda issuer: None
+        """Told the name of an issuer that took a token back: it is there."""
 
     @property
     def backlog(self) -> int:
@@ -116,13 +120,31 @@ class Revoker:
                 raise
             self._failed(record.issuer, error)
             return None
+        self.on_answer(record.issuer)
         after = await self._look(exchanger, record, tool) if outcome is IssuerOutcome.ACKNOWLEDGED else None
         if after is True:
             self._note(record.issuer, "a revoked token is still active")
             return None
         if self.failing.pop(record.issuer, None) is not None:
             self._log.info("revocation_recovered", issuer=record.issuer)
-        return _proved(outcome, before, after)
+        if outcome is IssuerOutcome.ACKNOWLEDGED and before is False:
+            why = "the look-up said inactive before the revocation, too: is its client in the token's audience?"
+            self._blind(record, tool, why)
+        return self._proved(record, tool, before, after) if outcome is IssuerOutcome.ACKNOWLEDGED else outcome
+
+    def _proved(self, record: RevocationRecord, tool: Tool, before: bool | None, after: bool | None) -> IssuerOutcome:
+        """Confirmed by both look-ups, or only acknowledged."""
+        if before is not True or after is not False:
+            return IssuerOutcome.ACKNOWLEDGED
+        if self.unproven.pop((record.issuer, tool.name), None) is not None:
+            self._log.info("revocation_is_proved_again", issuer=record.issuer, tool=tool.name)
+        return IssuerOutcome.CONFIRMED
+
+    def _blind(self, record: RevocationRecord, tool: Tool, why: str) -> None:
+        """Says once why a revocation of this tool's tokens cannot be proved."""
+        if self.unproven.get((record.issuer, tool.name)) != why:
+            self._log.warning("revocation_not_proved", issuer=record.issuer, tool=tool.name, detail=why)
+        self.unproven[record.issuer, tool.name] = why
 
     def _failed(self, issuer: str, error: BaseException) -> None:
         if isinstance(error, SpanlockError):
@@ -141,17 +163,17 @@ class Revoker:
         """The look-up; None when it cannot be had, or not in time."""
         try:
             async with asyncio.timeout(_LOOK_SECONDS):
-                return await exchanger.introspect(record, tool)
-        except (SpanlockError, TimeoutError):
-            return None
+                active = await exchanger.introspect(record, tool)
+            if active is None:
+                self._blind(record, tool, "the issuer has no introspection endpoint")
+            return active
+        except SpanlockError as error:
+            self._blind(record, tool, error.detail)
+        except TimeoutError:
+            self._blind(record, tool, f"the look-up took over {_LOOK_SECONDS:g} s")
         except (Exception, asyncio.CancelledError) as bug:
             if told_to_end():
                 raise
             self._log.error("introspection_failed", issuer=record.issuer, exc_info=bug)
-            return None
-
-
-def _proved(outcome: IssuerOutcome, before: bool | None, after: bool | None) -> IssuerOutcome:
-    if outcome is IssuerOutcome.ACKNOWLEDGED and before is True and after is False:
-        return IssuerOutcome.CONFIRMED
-    return outcome
+            self._blind(record, tool, "a bug in the look-up; the log has it")
+        return None

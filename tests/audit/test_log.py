@@ -174,3 +174,32 @@ def test_standard_output_that_fails_once_loses_that_batch_alone(monkeypatch: pyt
     assert whole(os.read(read, 1 << 20)) == [2, 3]
     os.close(read)
     os.close(write)
+
+
+def test_a_rotation_takes_effect_at_a_reload(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(FileSink(str(path)), FakeClock(), lambda _: None)
+    log.workflow(record(0))
+    path.rename(tmp_path / "audit.jsonl.1")
+    log.workflow(record(1))
+    log.reopen()
+    log.workflow(record(2))
+    log.close()
+    assert numbers((tmp_path / "audit.jsonl.1").read_bytes()) == [0, 1] and numbers(path.read_bytes()) == [2]
+
+
+def test_a_file_that_cannot_be_opened_anew_stays(tmp_path: Path) -> None:
+    path = tmp_path / "logs" / "audit.jsonl"
+    path.parent.mkdir()
+    log = AuditLog(FileSink(str(path)), FakeClock(), lambda _: None)
+    moved = path.parent.rename(tmp_path / "gone") / path.name
+    log.reopen()
+    log.workflow(record(0))
+    log.close()
+    assert numbers(moved.read_bytes()) == [0]
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_and_no_standstill(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "audit.fifo")
+    with pytest.raises(OSError, match="No such device"):
+        FileSink(str(tmp_path / "audit.fifo"))

@@ -617,3 +617,30 @@ async def test_a_record_is_shown_to_the_server_that_minted_it_alone() -> None:
     mended.alive.add("token")
     world.broker.replace({"i": mended})
     assert await world.broker.revoker.end(record, TOOL) is IssuerOutcome.CONFIRMED and not mended.alive
+
+
+async def test_what_cannot_be_proved_says_why_and_recovers(capsys: pytest.CaptureFixture[str]) -> None:
+    configure("info", "console")
+    world = World()
+    world.can_look = False
+    await world.lease()
+    (end,) = (await world.close()).ends
+    assert end.at_issuer is IssuerOutcome.ACKNOWLEDGED and "is its client in the token's audience?" in end.detail
+    again = World()
+    again.broker.revoker.unproven = world.broker.revoker.unproven
+    await again.lease()
+    (end,) = (await again.close()).ends
+    assert end.at_issuer is IssuerOutcome.CONFIRMED and not end.detail and not again.broker.revoker.unproven
+    logged = capsys.readouterr().err
+    assert logged.count("revocation_not_proved") == 1 and logged.count("revocation_is_proved_again") == 1
+
+
+async def test_an_issuer_that_takes_a_token_back_is_there_again() -> None:
+    world = World()
+    await world.lease()
+    world.error = IssuerError(Reason.ISSUER_UNAVAILABLE, "down")
+    with pytest.raises(IssuerError):
+        await world.lease(scopes=("a", "b"))
+    assert [row["ok"] for row in world.broker.health()] == [False]
+    await world.close()
+    assert [row["ok"] for row in world.broker.health()] == [True]
