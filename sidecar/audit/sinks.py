@@ -25,7 +25,7 @@ class FileSink:
         self._lines = _Lines(self._descriptor, _ends_in_mid_line(self._descriptor, self._path))
 
     def reopen(self) -> None:
-        """Goes on in the file that has the name now; a rotation has moved the old one. Raises OSError, and the old one stays."""
+        """Goes on in the file that has the name now; a rotation moved the old one. Raises OSError, and the old one stays."""
         before = self._descriptor
         self._open()
         os.close(before)
