@@ -73,7 +73,9 @@ class Fields:
             match = _FIELD_LINE.fullmatch(line)
             if match is None:
                 return None
-            name, value = match[1].lower(), match[2].rstrip(b" \t")
+            name = match[1].lower()
+            # Some parsers take no tab after what frames a message, so it stays there and is refused.
+            value = match[2].rstrip(b" " if name in _FRAMING else b" \t")
             sent = b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)
             fields.append(Field(name, value, sent, folded(name)))
         self._remember(lines, fields)

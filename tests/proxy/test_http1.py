@@ -239,6 +239,9 @@ def heads() -> st.SearchStrategy[bytes]:
 
 @given(heads())
 @example(b"POST /a HTTP/1.1\r\nHost: a.test\r\nA: \t b c\t")
+@example(b"POST /a HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\t")
+@example(b"POST /a HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\t")
+@example(b"POST /a HTTP/1.1\r\nHost: a.test\r\nConnection: close\t")
 def test_what_is_accepted_means_the_same_to_llhttp(head: bytes) -> None:
     if b"\r\n\r\n" in head or head.endswith(b"\r\n"):
         return
