@@ -75,7 +75,7 @@ class Fields:
                 return None
             name = match[1].lower()
             # Some parsers take no tab after what frames a message, so it stays there and is refused.
-            value = match[2].rstrip(b" " if name in _FRAMING else b" \t")
+            value = match[2].rstrip(b" " if name in _BODY else b" \t")
             sent = b"" if self._stops(name) else b"%b: %b\r\n" % (name, value)
             fields.append(Field(name, value, sent, folded(name)))
         self._remember(lines, fields)
@@ -164,7 +164,9 @@ _MEANT = frozenset(
      b"proxy-authorization", b"x-spanlock-workflow", b"traceparent", b"http2-settings", b"origin", b"sec-fetch-site")
 )  # fmt: skip
 """The fields that mean something to us."""
-_FRAMING = frozenset((b"content-length", b"transfer-encoding", b"connection"))
+_BODY = frozenset((b"content-length", b"transfer-encoding"))
+"""Those that say where a body ends."""
+_FRAMING = _BODY | {b"connection"}
 """Those of an answer."""
 _CUSTOMARY = frozenset((b"", b"close,", b"keep-alive,"))
 """What `Connection` says in an answer, nearly always."""
