@@ -278,7 +278,7 @@ from sidecar.client.workflow import workflow
 with workflow("pasted", socket="{stage.agent_socket}") as work:
     request = urllib.request.Request("http://{reverse}/search/v1/items", headers={{"x-spanlock-workflow": work.handle}})
     print(urllib.request.urlopen(request).read().decode())
-print(work.report)
+print(work.summary)
 END
 """)
     print(f"  # base URL for SDKs inside a workflow: http://{reverse}/search/   (CA: {ca})", flush=True)

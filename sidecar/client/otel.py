@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
@@ -33,7 +34,7 @@ class SpanlockSpanProcessor(SpanProcessor):
     `spanlock` says so, once an outage. What the sidecar refuses is said once for each reason.
     """
 
-    def __init__(self, socket: str | None = None, match: Match = is_root) -> None:
+    def __init__(self, socket: str | Path | None = None, match: Match = is_root) -> None:
         self._socket = socket
         self._match = match
         self._held: dict[int, WorkflowHold] = {}

@@ -14,8 +14,14 @@ def run_dir() -> Path:
 def candidates(agent: str | None = None) -> list[Path]:
     """SPANLOCK_SOCKET alone; without it, or when an agent is named, what the run directory has of it."""
     if (named := os.environ.get("SPANLOCK_SOCKET")) and agent is None:
-        return [Path(named)]
+        return [path_of(named)]
     return below(run_dir(), agent)
+
+
+def path_of(socket: str | Path) -> Path:
+    """Of a path, or of the address that gRPC has for it (`unix:PATH`, `unix:///PATH`)."""
+    scheme, colon, path = str(socket).partition(":")
+    return Path(path.removeprefix("//")) if (scheme, colon) == ("unix", ":") else Path(socket)
 
 
 def below(directory: Path, agent: str | None = None) -> list[Path]:

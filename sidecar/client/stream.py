@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +21,7 @@ _LIVE: "weakref.WeakSet[HoldStream]" = weakref.WeakSet()
 class HoldStream:
     """One call of `Workflows.Hold`. Every wait has an end: the call lives as long as the work, so it has no deadline itself."""
 
-    def __init__(self, socket: str, request: pb.OpenRequest) -> None:
+    def __init__(self, socket: Path, request: pb.OpenRequest) -> None:
         self._pid = os.getpid()
         _LIVE.add(self)
         self.channel = grpc.insecure_channel(f"unix:{socket}")

@@ -17,6 +17,7 @@ import grpc
 
 from sidecar.client import sockets, trust
 from sidecar.client.stream import HoldStream
+from sidecar.client.summary import summary
 from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2
 
 _OPEN_SECONDS = 10.0
@@ -50,15 +51,16 @@ class WorkflowHold:
     One that is forgotten without a close closes its workflow when it is collected, with a ResourceWarning, as files do.
     """
 
-    def __init__(self, socket: str | None, request: workflows_pb2.OpenRequest) -> None:
+    def __init__(self, socket: str | Path | None, request: workflows_pb2.OpenRequest) -> None:
         self._socket = socket
         self._request = request
         self._stream: HoldStream | None = None
         self._opened: workflows_pb2.OpenResponse | None = None
+        self._was_closed = False
         self._bundle: trust.OwnBundle | None = None
         self._forgotten: weakref.finalize[..., WorkflowHold] | None = None
         self.report: workflows_pb2.CloseResponse | None = None
-        """Set by the close: one `LeaseEnd` a credential."""
+        """Set by the close: one `LeaseEnd` a credential; None when nobody told. `summary` says it in words."""
 
     @property
     def opened(self) -> workflows_pb2.OpenResponse:
@@ -76,6 +78,13 @@ class WorkflowHold:
     def handle(self) -> str:
         """The WorkflowHandle: a secret of this workflow; send it as x-spanlock-workflow or in a proxy URL."""
         return self.opened.handle
+
+    @property
+    def summary(self) -> str:
+        """What died with the workflow and what did not, in one line: the words with which `spanlock exec` ends."""
+        if self._opened is not None:
+            return "still open"
+        return summary(self.report) if self._was_closed else "not opened"
 
     @property
     def proxy_url(self) -> str:
@@ -128,7 +137,7 @@ class WorkflowHold:
         """
         if self._stream is not None:
             raise RuntimeError("the workflow is open already; workflow() gives another")
-        socket = self._socket or _only_socket()
+        socket = sockets.path_of(self._socket) if self._socket else _only_socket()
         stream = self._stream = HoldStream(socket, self._request)
         try:
             self._opened = stream.opened(_OPEN_SECONDS)
@@ -182,7 +191,7 @@ class WorkflowHold:
             self.report = stream.closed(_CALL_SECONDS)
         finally:
             stream.end()
-            self._opened = None
+            self._opened, self._was_closed = None, True
             self._remove_bundle()
         return self.report
 
@@ -227,11 +236,11 @@ def _forgotten(stream: HoldStream, workflow_id: str) -> None:
         warnings.warn(f"unclosed workflow {workflow_id}", ResourceWarning, stacklevel=2)
 
 
-def _only_socket() -> str:
+def _only_socket() -> Path:
     """Raises `SpanlockUnavailable` when it cannot be known which socket is this agent's."""
     found = sockets.candidates()
     if len(found) == 1:
-        return str(found[0])
+        return found[0]
     where = sockets.run_dir() / "agents"
     if found:
         names = ", ".join(path.parent.name for path in found)
@@ -260,14 +269,17 @@ def _why(error: Exception) -> str:
 
 
 def workflow(
-    name: str, *, socket: str | None = None, trace_id: str = "", root_span_id: str = "", subject_token: str = ""
+    name: str, *, socket: str | Path | None = None, trace_id: str = "", root_span_id: str = "", subject_token: str = ""
 ) -> WorkflowHold:
     """A workflow for one piece of work: use it in a `with` or `async with` block.
 
-    `socket`: the agent's socket; default SPANLOCK_SOCKET, else the only one under SPANLOCK_RUN_DIR (/run/spanlock), looked for
-    when the block begins. `trace_id` (32 hex digits) lets calls bind by traceparent, and `root_span_id` names the span whose
-    end in OTLP closes. `subject_token`: a user's token to exchange on behalf of.
+    `socket`: the agent's socket, as a path or as gRPC names it (unix:PATH); default SPANLOCK_SOCKET, else the only one under
+    SPANLOCK_RUN_DIR (/run/spanlock), looked for when the block begins. `trace_id` (32 hex digits) lets calls bind by
+    traceparent, and `root_span_id` names the span whose end in OTLP closes. `subject_token`: a user's token to exchange on
+    behalf of.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: text, not {type(name).__name__}")
     shown = "".join(c if c.isprintable() else "?" for c in name[:128])  # it is a label: no reason to fail the work
     request = workflows_pb2.OpenRequest(
         name=shown, trace_id=trace_id, root_span_id=root_span_id, subject_token=subject_token, listener=True

@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import Tracer
 
 from sidecar.cli.stage import Stage
-from sidecar.client import otel
+from sidecar.client import otel, sockets
 from sidecar.client import workflow as client
 from sidecar.client.otel import SpanlockSpanProcessor
 from sidecar.client.workflow import SpanlockRefused, SpanlockUnavailable, WorkflowHold, workflow
@@ -264,6 +264,41 @@ async def test_the_socket_is_the_only_agents_in_the_run_directory(
         workflow("x").open()
 
 
+@pytest.mark.parametrize("prefix", ["", "unix:", "unix://"])
+async def test_a_socket_may_be_named_as_grpc_names_it(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    async with ready_stage() as stage:
+        async with workflow("report", socket=prefix + str(stage.agent_socket)) as held:
+            assert held.id
+        monkeypatch.setenv("SPANLOCK_SOCKET", prefix + str(stage.agent_socket))
+        assert sockets.candidates() == [stage.agent_socket]
+        async with workflow("report") as held:
+            assert held.id
+        async with workflow("report", socket=stage.agent_socket) as held:
+            assert held.id
+
+
+def test_a_path_is_taken_as_it_is() -> None:
+    assert sockets.path_of("//run/a.sock") == Path("//run/a.sock")
+    assert sockets.path_of("unix:run/a.sock") == Path("run/a.sock")
+
+
+@pytest.mark.parametrize("name", [None, b"report", 7])
+def test_a_name_that_is_no_text_is_said(name: object) -> None:
+    with pytest.raises(TypeError, match=f"name: text, not {type(name).__name__}"):
+        workflow(name)  # type: ignore[arg-type]
+
+
+async def test_a_hold_tells_its_end_in_one_line() -> None:
+    async with ready_stage() as stage:
+        held = workflow("report", socket=str(stage.agent_socket))
+        assert held.summary == "not opened"
+        async with held:
+            async with httpx.AsyncClient(proxy=held.proxy_url, verify=held.ssl_context()) as agent:
+                await agent.get(url(stage.search))
+            assert held.summary == "still open"
+    assert held.summary.startswith("1 credential: 1 confirmed dead; revoked in ")
+
+
 def test_no_sidecar_is_said_with_the_fix() -> None:
     with pytest.raises(SpanlockUnavailable, match="SPANLOCK_SOCKET"), workflow("x", socket="/nonexistent.sock"):
         pass
@@ -394,7 +429,7 @@ async def test_a_sidecar_that_hangs_at_the_close_does_not_hang_the_agent(monkeyp
         thread = threading.Thread(target=held.close)
         thread.start()
         thread.join()  # holds up the loop that the sidecar runs on
-        assert held.report is None
+        assert held.report is None and held.summary.startswith("the sidecar went away")
 
 
 async def test_the_span_processor_opens_and_closes_with_the_root_span() -> None:
