@@ -179,6 +179,7 @@ class App:
             otlp_endpoint=lambda: f"http://localhost:{self.otlp.http_port}" if self.otlp.http_port else "",
             identity_problem=self.svids.problem,
             accepting=self._accepting,
+            refused=self.plane.record_rpc_refusal,
         )
         run_dir = Path(self.settings.run_dir)
         for agent in self.callers.agents.values():

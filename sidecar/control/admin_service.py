@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from sidecar.control import convert
-from sidecar.control.rescue import Context, rescued
+from sidecar.control.rescue import Context, Rescued, rescued
 from sidecar.credentials.broker import Broker
 from sidecar.errors import CallerError, Reason
 from sidecar.model.workflow import CloseReason
@@ -24,7 +24,7 @@ class AdminOps:
     reload: Callable[[], Awaitable[pb.ReloadResponse]]
 
 
-class AdminService(admin_pb2_grpc.AdminServicer):
+class AdminService(Rescued, admin_pb2_grpc.AdminServicer):
     """Status, workflows, leases, revoke, reload."""
 
     def __init__(self, ops: AdminOps) -> None:

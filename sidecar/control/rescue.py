@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from sidecar.errors import Reason, SpanlockError
+from sidecar.model.audit import RpcRefusal
 
 _C = grpc.StatusCode
 _BY_CODE: dict[grpc.StatusCode, tuple[Reason, ...]] = {
@@ -48,14 +49,29 @@ async def refuse(context: Context, error: SpanlockError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+def refusal(agent: str, rpc: str, request: object, error: SpanlockError) -> RpcRefusal:
+    """The refusal as it is recorded. `request`: the message, if there is one."""
+    workflow, tool = getattr(request, "workflow_id", ""), getattr(request, "tool", "")
+    code: int = CODE[error.reason].value[0]
+    return RpcRefusal(agent, rpc, workflow, tool, code, str(error.reason), error.detail)
+
+
+class Rescued:
+    """Whose handlers are `rescued`. Nobody is told of a refusal, unless a service says whom to tell."""
+
+    def note_refusal(self, rpc: str, request: object, error: SpanlockError) -> None:
+        """`request`: the message, or the stream of them."""
+
+
 def rescued(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
-    """For unary handlers: a `SpanlockError` becomes its status."""
+    """For unary handlers of a `Rescued`: a `SpanlockError` becomes its status, and is noted."""
 
     @wraps(method)
     async def handler(self: Any, request: Any, context: Context) -> T:
         try:
             return await method(self, request, context)
         except SpanlockError as error:
+            self.note_refusal(method.__name__, request, error)
             await refuse(context, error)
 
     return handler
@@ -70,6 +86,7 @@ def rescued_stream(method: Callable[..., AsyncIterator[T]]) -> Callable[..., Asy
             async for message in method(self, request, context):
                 yield message
         except SpanlockError as error:
+            self.note_refusal(method.__name__, request, error)
             await refuse(context, error)
 
     return handler

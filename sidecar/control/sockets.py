@@ -16,11 +16,12 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.clock import Clock
 from sidecar.control.admin_service import AdminOps, AdminService
+from sidecar.control.rescue import refusal
 from sidecar.control.serving import HealthService
 from sidecar.control.token_exchange_service import TokenExchangeService
-from sidecar.control.unreadable import RefuseUnreadable
+from sidecar.control.unreadable import OnRefusal, RefuseUnreadable
 from sidecar.control.workflows_service import Doors, WorkflowsService
-from sidecar.errors import ConfigError, Reason
+from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Agent
 from sidecar.tools.router import Router
 from sidecar.wire.spanlock.v1 import (
@@ -58,6 +59,7 @@ class Socket:
         serving: Callable[[], bool],
         clock: Clock,
         calls: int,
+        on_refusal: OnRefusal = lambda *_: None,
     ) -> None:
         self.path = path
         self._services = services
@@ -66,6 +68,7 @@ class Socket:
         self._serving = serving
         self._clock = clock
         self._calls = calls
+        self._on_refusal = on_refusal
         self._server: Any = None
         self._made: tuple[int, int] | None = None
         """Device and inode of the file that we listen on."""
@@ -124,7 +127,7 @@ class Socket:
     def _build(self, path: Path) -> Any:
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", self._calls))
         server = grpc.aio.server(
-            interceptors=[RefuseUnreadable()], options=options, maximum_concurrent_rpcs=self._calls
+            interceptors=[RefuseUnreadable(self._on_refusal)], options=options, maximum_concurrent_rpcs=self._calls
         )
         self._add(server)
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(self._serving, self._clock), server)
@@ -178,8 +181,11 @@ def agent_socket(
     def serving() -> bool:
         return doors.accepting() and not doors.identity_problem(agent.name)
 
+    def unreadable(rpc: str, error: SpanlockError) -> None:
+        doors.refused(refusal(agent.name, rpc, None, error))
+
     path = run_dir / "agents" / agent.name / "agent.sock"
-    return Socket(path, _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS)
+    return Socket(path, _AGENT, add, agent, serving, clock, most_open + SPARE_CALLS, unreadable)
 
 
 def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:

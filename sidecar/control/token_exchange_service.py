@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from sidecar.control import convert
 from sidecar.control.rescue import Context, rescued
-from sidecar.control.workflows_service import Doors
+from sidecar.control.workflows_service import AgentService, Doors
 from sidecar.errors import CallerError, Denied, Reason
 from sidecar.tools.router import Router
 from sidecar.wire.spanlock.v1 import token_exchange_pb2 as pb
@@ -14,12 +14,11 @@ HANDLE_TYPE = "urn:spanlock:token-type:credential-handle"
 ACCESS_TOKEN_TYPE = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105 - a type, not a token
 
 
-class TokenExchangeService(token_exchange_pb2_grpc.TokenExchangeServicer):
+class TokenExchangeService(AgentService, token_exchange_pb2_grpc.TokenExchangeServicer):
     """One for each agent. `router` gives the router of the moment: a reload replaces it."""
 
     def __init__(self, agent: str, doors: Doors, router: Callable[[], Router]) -> None:
-        self._agent = agent
-        self._doors = doors
+        super().__init__(agent, doors)
         self._router = router
 
     @rescued

@@ -1,14 +1,19 @@
 """Messages that are no valid protobuf: INVALID_ARGUMENT and a reason, where gRPC answers UNKNOWN and logs a traceback."""
 
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc.aio
 from google.protobuf.message import DecodeError
 
 from sidecar.control.rescue import Context, refuse
-from sidecar.errors import CallerError, Reason
+from sidecar.errors import CallerError, Reason, SpanlockError
+
+OnRefusal = Callable[[str, SpanlockError], None]
+"""Is told the RPC's name and why."""
+TurnAway = Callable[[Context], Awaitable[None]]
+"""Ends the call; does not return."""
 
 
 class _Unreadable:
@@ -16,7 +21,10 @@ class _Unreadable:
 
 
 class RefuseUnreadable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """For every method of a server."""
+    """For every method of a server. `on_refusal` is told of messages that come alone; of one in a stream, its reader tells."""
+
+    def __init__(self, on_refusal: OnRefusal = lambda *_: None) -> None:
+        self._on_refusal = on_refusal
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         handler = await continuation(details)
@@ -30,12 +38,17 @@ class RefuseUnreadable(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             except DecodeError:
                 return _Unreadable()
 
+        async def turn_away(context: Context) -> None:
+            error = _unreadable()
+            self._on_refusal(details.method.rpartition("/")[2], error)
+            await refuse(context, error)
+
         if handler.request_streaming:
             guarded = {"stream_stream": _guard_streams(handler.stream_stream)}
         elif handler.response_streaming:
-            guarded = {"unary_stream": _guard_stream(handler.unary_stream)}
+            guarded = {"unary_stream": _guard_stream(handler.unary_stream, turn_away)}
         else:
-            guarded = {"unary_unary": _guard_unary(handler.unary_unary)}
+            guarded = {"unary_unary": _guard_unary(handler.unary_unary, turn_away)}
         return handler._replace(request_deserializer=deserializer, **guarded)
 
 
@@ -43,10 +56,10 @@ def _unreadable() -> CallerError:
     return CallerError(Reason.INVALID_ARGUMENT, "the message is not valid protobuf of its type")
 
 
-def _guard_unary(method: Any) -> Any:
+def _guard_unary(method: Any, turn_away: TurnAway) -> Any:
     async def guarded(request: Any, context: Context) -> Any:
         if isinstance(request, _Unreadable):
-            await refuse(context, _unreadable())
+            await turn_away(context)
         return await method(request, context)
 
     return guarded
@@ -61,10 +74,10 @@ async def _answers(running: Any) -> AsyncIterator[Any]:
         yield message
 
 
-def _guard_stream(method: Any) -> Any:
+def _guard_stream(method: Any, turn_away: TurnAway) -> Any:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         if isinstance(request, _Unreadable):
-            await refuse(context, _unreadable())
+            await turn_away(context)
         async for message in _answers(method(request, context)):
             yield message
 

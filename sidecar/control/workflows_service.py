@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.control import convert
-from sidecar.control.rescue import Context, rescued, rescued_stream
+from sidecar.control.rescue import Context, Rescued, refusal, rescued, rescued_stream
 from sidecar.credentials.broker import Broker
-from sidecar.errors import CallerError, Reason
+from sidecar.errors import CallerError, Reason, SpanlockError
+from sidecar.model.audit import RpcRefusal
 from sidecar.model.workflow import CloseReason, Workflow
 from sidecar.policy.decider import Decider
 from sidecar.secret import Secret
@@ -38,6 +39,19 @@ class Doors:
     identity_problem: Callable[[str], str]
     """Why an agent has no identity now; empty: it has one."""
     accepting: Callable[[], bool]
+    refused: Callable[[RpcRefusal], None]
+    """Records an RPC that was refused."""
+
+
+class AgentService(Rescued):
+    """A service on one agent's socket: what it refuses is recorded."""
+
+    def __init__(self, agent: str, doors: Doors) -> None:
+        self._agent = agent
+        self._doors = doors
+
+    def note_refusal(self, rpc: str, request: object, error: SpanlockError) -> None:
+        self._doors.refused(refusal(self._agent, rpc, request, error))
 
 
 async def _first(requests: AsyncIterator[pb.HoldRequest]) -> pb.HoldRequest | None:
@@ -54,12 +68,8 @@ def _invalid(field: str, what: str) -> CallerError:
     return CallerError(Reason.INVALID_ARGUMENT, f"{field}: {what}")
 
 
-class WorkflowsService(workflows_pb2_grpc.WorkflowsServicer):
+class WorkflowsService(AgentService, workflows_pb2_grpc.WorkflowsServicer):
     """One for each agent."""
-
-    def __init__(self, agent: str, doors: Doors) -> None:
-        self._agent = agent
-        self._doors = doors
 
     @rescued
     async def Open(self, request: pb.OpenRequest, context: Context) -> pb.OpenResponse:

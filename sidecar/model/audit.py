@@ -4,7 +4,11 @@ from typing import NamedTuple
 
 
 class FlowRecord(NamedTuple):
-    """One call, as the agent made it: never headers, never a query, never a body. A tuple, as it is made per request."""
+    """One call, as the agent made it: never headers, never a query, never a body. A tuple, as it is made per request.
+
+    Also an RPC on the agent's socket that was refused: `mode` is grpc, `method` the RPC's name, `status` gRPC's code, and `uid`
+    is -1, as gRPC does not show it.
+    """
 
     time: float
     """Wall seconds."""
@@ -30,6 +34,20 @@ class FlowRecord(NamedTuple):
     mode: str
     upstream: str
     """The pinned IP address."""
+
+
+class RpcRefusal(NamedTuple):
+    """An RPC on an agent's socket that was refused; becomes a `FlowRecord`."""
+
+    agent: str
+    rpc: str
+    workflow: str
+    """As the agent wrote it, and so is the tool: neither need exist."""
+    tool: str
+    status: int
+    """gRPC's code."""
+    reason: str
+    detail: str
 
 
 class LeaseRecord(NamedTuple):

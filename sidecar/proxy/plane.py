@@ -9,7 +9,7 @@ from sidecar.clock import Clock
 from sidecar.credentials.broker import Broker
 from sidecar.errors import Reason, SpanlockError
 from sidecar.identity.callers import Callers
-from sidecar.model.audit import FlowRecord
+from sidecar.model.audit import FlowRecord, RpcRefusal
 from sidecar.model.caller import Caller
 from sidecar.policy.decider import Decider
 from sidecar.proxy.ca import CertificateAuthority
@@ -68,6 +68,25 @@ class Plane:
                 time=self.clock.now(), agent=agents, uid=caller.uid, workflow=caller.workflow or "", tool="", method="",
                 path="", status=status, outcome=str(error.reason), detail=error.detail, request_bytes=0, response_bytes=0,
                 duration_ms=0.0, lease="", lease_epoch=0, policy_ids=(), trace_id="", mode=mode, upstream="",
+            ),
+            None,
+        )  # fmt: skip
+
+    def record_rpc_refusal(self, refusal: RpcRefusal) -> None:
+        """The record of an RPC that was refused on an agent's socket.
+
+        A workflow of another agent and a tool that is not configured are left out: the agent may write what it likes, and
+        neither a metric nor what is remembered for `status` may grow by it.
+        """
+        workflow = self.registry.find(refusal.workflow)
+        is_own = workflow is not None and workflow.agent == refusal.agent
+        tool = next((tool.name for tool in self.router.tools if tool.name == refusal.tool), "")
+        self.record_flow(
+            FlowRecord(
+                time=self.clock.now(), agent=refusal.agent, uid=-1, workflow=refusal.workflow if is_own else "", tool=tool,
+                method=refusal.rpc, path="", status=refusal.status, outcome=refusal.reason, detail=refusal.detail,
+                request_bytes=0, response_bytes=0, duration_ms=0.0, lease="", lease_epoch=0, policy_ids=(), trace_id="",
+                mode="grpc", upstream="",
             ),
             None,
         )  # fmt: skip

@@ -6,7 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import grpc.aio
 import jsonschema
+import pytest
 import yaml
 
 from sidecar.audit.schema import audit_schema
@@ -38,12 +40,15 @@ async def test_the_audit_schema_is_current_and_holds_for_what_is_written() -> No
             await agent.get(url(stage.search))
             await agent.get(url(stage.search, "/admin"))
         await closed(stage, workflow.workflow.id)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await closed(stage, "wf_none")
         stage.app.audit.flush()
         lines = [json.loads(line) for line in (stage.dir / "audit.jsonl").read_text().splitlines()]
     validator = jsonschema.Draft202012Validator(json.loads(schema))
     for line in lines:
         validator.validate(line)
     assert {line["kind"] for line in lines} == {"flow", "lease", "workflow"}
+    assert "grpc" in {line["mode"] for line in lines if line["kind"] == "flow"}
 
 
 def test_only_the_sidecar_can_reach_the_identity() -> None:
