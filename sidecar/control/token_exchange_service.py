@@ -63,10 +63,10 @@ class TokenExchangeService(AgentService, token_exchange_pb2_grpc.TokenExchangeSe
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:
         which = request.WhichOneof("what")
         if which is None:
-            raise CallerError(Reason.INVALID_ARGUMENT, "name access_token (a handle) or lease_id")
+            raise CallerError(Reason.INVALID_ARGUMENT, "name access_token (a handle or an exported token) or lease_id")
         end = await self._doors.broker.release(
             self._agent,
-            handle=request.access_token if which == "access_token" else None,
+            token=request.access_token if which == "access_token" else None,
             lease_id=request.lease_id if which == "lease_id" else None,
         )
         return pb.ReleaseResponse(at_issuer=str(end.at_issuer))

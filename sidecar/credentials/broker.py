@@ -212,7 +212,7 @@ class Broker:
         return self._handles.issue(lease)
 
     def export(self, lease: Lease, workflow: Workflow, tool: Tool) -> Secret:
-        """The real token, where the tool allows it; it is the agent's until `lease.ends_at` and not renewed.
+        """The real token, where the tool allows it; it is the agent's until `lease.ends_at` and not renewed. Each time is told.
 
         Raises `CallerError` (export_refused) and what `use` raises.
         """
@@ -221,23 +221,37 @@ class Broker:
         self.use(lease, workflow)
         if lease.credential is None:
             raise CallerError(Reason.LEASE_GONE, "the lease was dropped")
-        self.live.of(lease).exported = True
+        held = self.live.of(lease)
+        held.exported = True
+        self._events.tell(held, "exported", expires_at=lease.credential.expires_at)
         return lease.credential.value
 
     def resolve_handle(self, value: str, agents: frozenset[str], tool: str | None) -> Lease:
         """The lease of a CredentialHandle. Raises `CallerError` (handle_invalid)."""
         return self._handles.resolve(value, agents, tool)
 
-    async def release(self, agent: str, *, handle: str | None = None, lease_id: str | None = None) -> LeaseEnd:
-        """Drops and revokes one lease of `agent`. Raises `CallerError` (handle_invalid, lease_gone)."""
-        if handle is not None:
-            lease_id = self._handles.resolve(handle, frozenset({agent}), None).id
+    async def release(self, agent: str, *, token: str | None = None, lease_id: str | None = None) -> LeaseEnd:
+        """Drops and revokes one lease of `agent`. `token`: its CredentialHandle, or the real token that it exported.
+
+        Raises `CallerError` (handle_invalid, lease_gone).
+        """
+        if token is not None:
+            lease = self._exported(agent, Secret(token)) or self._handles.resolve(token, frozenset({agent}), None)
+            lease_id = lease.id
         held = next((h for h in self.live.matching(agent=agent) if h.lease.id == lease_id), None)
         if held is None:
             raise CallerError(Reason.LEASE_GONE, "no such lease of this agent")
         self._drop(held, LeaseEvent.WITHDRAWN, "released")
         (end,) = await self._endings.ends([held])
         return end
+
+    def _exported(self, agent: str, token: Secret) -> Lease | None:
+        """The lease of a token that `agent` was given."""
+        for held in self.live.matching(agent=agent):
+            credential = held.lease.credential
+            if held.exported and credential is not None and credential.value == token:
+                return held.lease
+        return None
 
     # -- end ----------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ class LeaseRecord(NamedTuple):
 
     time: float
     event: str
-    """issued, issue_failed, renewed, renew_failed, dropped, revoked."""
+    """issued, issue_failed, renewed, renew_failed, exported (the agent was given the token itself), dropped, revoked."""
     lease: str
     workflow: str
     agent: str
@@ -70,6 +70,8 @@ class LeaseRecord(NamedTuple):
     policy_ids: tuple[str, ...]
     seconds: float
     """How long the step took."""
+    expires_at: float
+    """Of an exported token by itself, in wall seconds; -1.0: no end. 0.0 for every other event."""
 
 
 class WorkflowRecord(NamedTuple):

@@ -1,5 +1,6 @@
 """Exchange and Release over gRPC: what may be asked for, what is handed out, and that it dies with its workflow."""
 
+import json
 from typing import Any
 
 import grpc
@@ -107,3 +108,21 @@ async def test_release_names_one_lease_of_ones_own() -> None:
             assert (await service.Release(pb.ReleaseRequest(lease_id=lease))).at_issuer == "confirmed"
             assert (await refused(service.Release(pb.ReleaseRequest(lease_id=lease))))[0] == "lease_gone"
         assert (await exchanged(stage, workflow, "search")).lease_id != lease
+
+
+async def test_an_exported_token_is_released_by_itself_and_its_leaving_is_in_the_audit_log() -> None:
+    async with ready_stage(more=EXPORTING, policy_for=("exported",)) as stage:
+        workflow = (await opened(stage)).workflow.id
+        token = await exchanged(stage, workflow, requested_token_type=ACCESS_TOKEN_TYPE)
+        stage.app.audit.flush()
+        lines = [json.loads(line) for line in (stage.dir / "audit.jsonl").read_text().splitlines()]
+        (left,) = [line for line in lines if line.get("event") == "exported"]
+        assert (left["kind"], left["agent"], left["tool"], left["workflow"]) == ("lease", "demo", "exported", workflow)
+        assert left["lease"] == token.lease_id
+        assert abs(left["expires_at"] - token.expires_at.ToNanoseconds() / 1e9) < 1, "that of the token, as it was told"
+        assert token.access_token not in str(lines)
+        async with stub(stage, token_exchange_pb2_grpc.TokenExchangeStub) as service:
+            release = pb.ReleaseRequest(access_token=token.access_token)
+            assert (await service.Release(release)).at_issuer == "confirmed"
+            assert stage.issuer.active(token.access_token) is None
+            assert (await refused(service.Release(release)))[0] == "handle_invalid"

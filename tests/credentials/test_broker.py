@@ -372,7 +372,7 @@ async def test_handles_die_with_their_lease_and_are_bound_to_caller_and_tool() -
     for agents, tool in ((frozenset({"other"}), "t"), (frozenset({"agent"}), "u")):
         with pytest.raises(CallerError):
             world.broker.resolve_handle(handle, agents, tool)
-    end = await world.broker.release("agent", handle=handle)
+    end = await world.broker.release("agent", token=handle)
     assert end.at_issuer is IssuerOutcome.CONFIRMED
     with pytest.raises(CallerError):
         world.broker.resolve_handle(handle, frozenset({"agent"}), "t")
@@ -496,6 +496,51 @@ async def test_an_exported_token_lives_until_the_time_that_was_told() -> None:
     renewer.tick()
     await spin()
     assert not world.alive and lease.state is LeaseState.GONE
+
+
+@pytest.mark.parametrize(("life", "expires"), [(100.0, 1_800_000_100.0), (INF, -1.0)])
+async def test_each_export_of_a_token_is_told(life: float, expires: float) -> None:
+    world = World()
+    world.life = life
+    tool = dataclasses.replace(TOOL, export=True)
+    lease = await world.broker.lease(world.workflow, tool, permit())
+    world.broker.handle(lease)
+    assert [event.event for event in world.events] == ["issued"], "a handle is no token"
+    for _ in range(2):
+        world.broker.export(lease, world.workflow, tool)
+    (one, two) = [event for event in world.events if event.event == "exported"]
+    assert (one.agent, one.tool, one.workflow, one.lease, one.expires_at) == ("agent", "t", "wf_1", lease.id, expires)
+    assert one == two and {event.expires_at for event in world.events if event.event != "exported"} == {0.0}
+
+
+async def test_a_token_that_was_not_exported_is_not_told() -> None:
+    world = World()
+    lease = await world.lease()
+    with pytest.raises(CallerError):
+        world.broker.export(lease, world.workflow, TOOL)
+    world.close()
+    with pytest.raises(CallerError):
+        world.broker.export(lease, world.workflow, dataclasses.replace(TOOL, export=True))
+    assert "exported" not in [event.event for event in world.events]
+
+
+async def test_a_release_by_value_finds_exported_tokens_of_that_agent_only() -> None:
+    world = World()
+    tool = dataclasses.replace(TOOL, export=True)
+    lease = await world.broker.lease(world.workflow, tool, permit())
+    (token,) = world.minted
+    for agent, value in (("agent", token), ("other", token), ("agent", "")):
+        with pytest.raises(CallerError) as refused:
+            await world.broker.release(agent, token=value)
+        assert refused.value.reason is Reason.HANDLE_INVALID
+    world.broker.export(lease, world.workflow, tool)
+    with pytest.raises(CallerError):
+        await world.broker.release("other", token=token)
+    assert world.alive == {token}
+    end = await world.broker.release("agent", token=token)
+    assert (end.lease, end.at_issuer) == (lease.id, IssuerOutcome.CONFIRMED) and not world.alive
+    with pytest.raises(CallerError):
+        await world.broker.release("agent", token=token)
 
 
 async def test_a_token_that_our_clock_calls_expired_is_revoked_all_the_same() -> None:
