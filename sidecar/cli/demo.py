@@ -318,7 +318,7 @@ from sidecar.client.workflow import workflow
 with workflow("pasted", socket="{kept["agent_socket"]}") as work:
     request = urllib.request.Request("{kept["base_url"]}v1/items", headers={{"x-spanlock-workflow": work.handle}})
     print(urllib.request.urlopen(request).read().decode())
-print(work.report)
+print(work.summary)
 END
 """)
     print(f"  # base URL for SDKs inside a workflow: {kept['base_url']}   (CA: {kept['ca']})", flush=True)
