@@ -66,10 +66,9 @@ class Spire:
         return self.dir / "pub/agent.sock"
 
     def _start(self, binary: str, name: str, more: list[str]) -> subprocess.Popen[bytes]:
-        log = (self.dir / f"{name}.log").open("ab")
-        return subprocess.Popen(
-            [part(f"bin/{binary}"), "run", "-config", str(self.dir / f"{name}.conf"), *more], stdout=log, stderr=log
-        )
+        words = [part(f"bin/{binary}"), "run", "-config", str(self.dir / f"{name}.conf"), *more]
+        with (self.dir / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(words, stdout=log, stderr=log)
 
     def _server(self, *command: str) -> str | None:
         words = [part("bin/spire-server"), *command, "-socketPath", str(self.dir / "server.sock")]
@@ -148,6 +147,7 @@ class BundleServer:
 
     def stop(self) -> None:
         self._server.shutdown()
+        self._server.server_close()
 
 
 class Keycloak:
@@ -177,8 +177,8 @@ class Keycloak:
             "--hostname-strict=false", "--http-host=127.0.0.1", f"--http-port={self.port}",
             f"--http-management-port={self._management}", "--import-realm",
         ]  # fmt: skip
-        log = (self.home / "log").open("ab")
-        self.process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+        with (self.home / "log").open("ab") as log:
+            self.process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
         eventually(self._up, 240, f"Keycloak ready; its log is {self.home / 'log'}")
 
     def _up(self) -> bool:
