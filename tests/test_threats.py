@@ -9,8 +9,10 @@ import re
 import ssl
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unicodedata import category
 from urllib.parse import quote, unquote
 
@@ -44,7 +46,19 @@ from sidecar.tools.names import embeds_ip, parse_authority
 from sidecar.tools.router import Router, canonical_path
 from sidecar.wire.spanlock.v1 import token_exchange_pb2, token_exchange_pb2_grpc, workflows_pb2_grpc
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
-from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, tunnel, url
+from tests.stage import (
+    call,
+    client,
+    closed,
+    opened,
+    port_of,
+    raw,
+    ready_stage,
+    reason_of,
+    tunnel,
+    two_agents,
+    url,
+)
 
 TOOL = Tool(name="search", scheme="https", authority=Authority("api.x.com", 443), issuer="i")
 
@@ -60,22 +74,44 @@ async def test_h1_another_host_inside_the_tunnel_is_refused_before_any_exchange(
                 writer.write(f"GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
                 assert reason_of(await reader.read()) == "authority_mismatch"
         assert (stage.issuer.minted, stage.search.requests, stage.reports.requests) == (0, 0, 0)
-        stage.app.audit.flush()
-        lines = [json.loads(line) for line in (stage.dir / "audit.jsonl").read_text().splitlines()]
-        assert [x["outcome"] for x in lines if x["kind"] == "flow"] == ["authority_mismatch"] * 3
+        assert flows(stage) == ["authority_mismatch"] * 3
 
 
-async def test_h1_another_sni_ends_the_handshake_and_stands_in_the_audit() -> None:
+@pytest.mark.parametrize("sni", ["reports.tool.test", "192.0.2.1"], ids=["another", "none"])
+async def test_h1_another_or_no_sni_ends_the_handshake_and_stands_in_the_audit(sni: str) -> None:
+    """To an address a TLS client sends no server name at all."""
     async with ready_stage() as stage:
         workflow = await opened(stage, listener=True)
         with pytest.raises((ssl.SSLError, ConnectionError)):
-            async with tunnel(stage, port_of(workflow.proxy_url), stage.search, sni=stage.reports.host):
+            async with tunnel(stage, port_of(workflow.proxy_url), stage.search, sni=sni):
                 pass
         async with asyncio.timeout(5):
             while not stage.app.plane.denials:
                 await asyncio.sleep(0)
         assert stage.app.plane.denials[-1].outcome == "authority_mismatch"
-        assert stage.issuer.minted == 0
+        assert (stage.issuer.minted, stage.search.requests, stage.reports.requests) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "host"),
+    [
+        ("GET http://127.0.0.1:@/x", "evil.test"),
+        ("GET http://127.0.0.1:@/x", "127.0.0.1:1"),
+        ("GET http://127.0.0.1:@/x", "reports.tool.test"),
+        ("GET http://evil.test/x", "127.0.0.1:@"),
+        ("GET /legacy/x", "evil.test"),
+        ("GET /legacy/x", "search.tool.test"),
+        ("GET /legacy/x", "127.0.0.1.evil.test:@"),
+    ],
+)
+async def test_h1_a_host_that_is_not_the_target_reaches_no_tool_in_plain_text(line: str, host: str) -> None:
+    """Absolute form and base URL: the destination is in the line, and a Host that says otherwise is for nobody."""
+    async with legacy() as (stage, recorder, port):
+        workflow = await opened(stage, listener=True)
+        head = f"{line} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".replace("@", str(port))
+        answer = await raw(port_of(workflow.proxy_url), head.encode())
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 403", "authority_mismatch")
+        assert (recorder.connections, stage.issuer.minted) == (0, 0) and flows(stage) == ["authority_mismatch"]
 
 
 async def test_h1_connect_and_its_host_header_must_agree() -> None:
@@ -118,6 +154,25 @@ async def test_h4_a_credential_never_travels_over_cleartext() -> None:
 def test_h5_odd_authorities_are_refused(text: str) -> None:
     with pytest.raises(CallerError):
         parse_authority(text, 443)
+
+
+@pytest.mark.parametrize(
+    "target", ["[::ffff:7f00:1]:443", "[::1]:443", "search.tool.test:@ ", " search.tool.test:@", "search.tool.test:0@", "[::1]:@",
+               "search.tool.test:@:443", "search.tool.test:", "search.tool.test", "x@search.tool.test:@", "search.tool.test:@/"],
+)  # fmt: skip
+async def test_h5_connect_to_an_odd_authority_gets_no_tunnel(target: str) -> None:
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        odd = (
+            target.replace("@", str(stage.search.port))
+            if "x@" not in target
+            else f"x@search.tool.test:{stage.search.port}"
+        )
+        for host in (odd, f"search.tool.test:{stage.search.port}"):
+            answer = await raw(port_of(workflow.proxy_url), f"CONNECT {odd} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert answer[9:10] == b"4", answer
+        assert (stage.issuer.minted, stage.search.requests) == (0, 0)
+        assert not {"ok", "client_gone"} & set(flows(stage)) and len(flows(stage)) == 2
 
 
 @pytest.mark.parametrize(
@@ -293,23 +348,36 @@ async def test_policy_sees_the_method_that_the_tool_sees(name: str) -> None:
         assert seen[0].startswith(b"POST /items/1 ") and b"DELETE" not in seen[0]
 
 
-async def test_p13_a_denied_call_costs_no_dns_no_connection_and_no_exchange() -> None:
-    async with ready_stage() as stage:
-        workflow = await opened(stage, listener=True)
-        async with client(stage, workflow.proxy_url) as agent:
-            answer = await agent.get(url(stage.search, "/admin"))
-        assert answer.headers["x-spanlock-reason"] == "policy_denied"
-        assert (stage.issuer.minted, stage.search.requests, stage.app.registry.open_count) == (0, 0, 1)
+async def test_p13_n5_a_denied_call_costs_no_dns_no_connection_and_no_exchange() -> None:
+    """On a tool that is known by its name alone: a look-up of it would have been a way out for whoever chose the name."""
+    names = Names(["127.0.0.1"])
+    around = World(SystemClock(), random.Random(1), names)
+    async with (
+        recording() as (recorder, port),
+        ready_stage(more=by_name(port, "[127.0.0.0/8]"), around=around) as stage,
+    ):
+        workflow = await opened(stage)
+        assert reason_of(await call(stage, workflow.handle, path="/named/x")) == "policy_denied"
+        named = SimpleNamespace(host="named.test", port=port)
+        explicit = port_of(stage.app.addresses["explicit"])
+        async with tunnel(stage, explicit, named, handle=workflow.handle) as (reader, writer):
+            writer.write(f"GET /x HTTP/1.1\r\nHost: named.test:{port}\r\nConnection: close\r\n\r\n".encode())
+            assert reason_of(await asyncio.wait_for(reader.read(), 10)) == "policy_denied"
+        assert (names.asked, recorder.connections, stage.issuer.minted) == ([], 0, 0)
+        assert flows(stage) == ["policy_denied"] * 2
 
 
 async def test_p14_a_mint_failure_fails_closed() -> None:
+    """The issuer goes down in mid-run: what is held serves, what would have to be minted is refused, nothing goes on bare."""
     async with ready_stage() as stage:
         workflow = await opened(stage, listener=True)
-        stage.issuer.down = True
         async with client(stage, workflow.proxy_url) as agent:
+            assert (await agent.get(url(stage.reports))).status_code == 200
+            stage.issuer.down = True
             answer = await agent.get(url(stage.search))
             assert (answer.status_code, answer.headers["x-spanlock-reason"]) == (503, "issuer_unavailable")
-            assert stage.search.requests == 0
+            assert (await agent.get(url(stage.reports))).status_code == 200
+            assert (stage.reports.requests, len(stage.reports.authorized), stage.search.requests) == (2, 2, 0)
             stage.issuer.down = False
             assert (await agent.get(url(stage.search))).status_code == 200
 
@@ -371,15 +439,16 @@ async def test_d3_h2c_is_refused() -> None:
 
 
 async def test_d5_an_answer_before_the_bodys_end_ends_both_connections() -> None:
+    """The next call of the same workflow would be read as the rest of the body that never came."""
     early = b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno"
     async with plain_tool(early) as (stage, agent, seen):
         port = port_of(stage.app.addresses["reverse"])
-        handle = (await opened(stage)).handle
+        handle = agent.headers["x-spanlock-workflow"]
         request = f"POST /legacy/x HTTP/1.1\r\nHost: localhost\r\nX-Spanlock-Workflow: {handle}\r\nContent-Length: 100000\r\n\r\nabc"
         answer = await raw(port, request.encode())
         assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
         await agent.get("/legacy/y")
-        assert len(seen) == 2 and b"GET" in seen[1]
+        assert [head[:4] for head in seen] == [b"POST", b"GET "] and b"abc" not in seen[1]
 
 
 async def test_d6_connect_inside_a_tunnel_is_refused() -> None:
@@ -601,9 +670,38 @@ class Recorder:
             self._server.close()
 
 
+def flows(stage: Stage) -> list[str]:
+    """The outcome of each call, as the audit has it."""
+    stage.app.audit.flush()
+    lines = [json.loads(line) for line in (stage.dir / "audit.jsonl").read_text().splitlines()]
+    return [line["outcome"] for line in lines if line["kind"] == "flow"]
+
+
+@contextlib.asynccontextmanager
+async def recording(answer: bytes = b"") -> AsyncIterator[tuple[Recorder, int]]:
+    """A recorder on loopback, and its port."""
+    recorder = Recorder(answer)
+    port = await recorder.start()
+    try:
+        yield recorder, port
+    finally:
+        recorder.stop()
+
+
+@contextlib.asynccontextmanager
+async def legacy() -> AsyncIterator[tuple[Stage, Recorder, int]]:
+    """A stage with a plain-http tool `legacy` on loopback that notes every byte, and its port."""
+    async with recording(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") as (recorder, port):
+        more = f"- {{{{name: legacy, url: 'http://127.0.0.1:{port}', allow_networks: [127.0.0.0/8], {FIELDS}}}}}\n"
+        async with ready_stage(more=more, policy_for=("legacy",)) as stage:
+            yield stage, recorder, port
+
+
+FIELDS = "issuer: demo-issuer, audience: tool-search, timeouts: {{connect: 1}}"
+
+
 def by_name(port: int, networks: str = "[]") -> str:
-    fields = f'url: "https://named.test:{port}", issuer: demo-issuer, audience: tool-search, allow_networks: {networks}'
-    return f"- {{{{name: named, {fields}}}}}\n"
+    return f'- {{{{name: named, url: "https://named.test:{port}", allow_networks: {networks}, {FIELDS}}}}}\n'
 
 
 N_ADDRESSES = (
@@ -632,6 +730,20 @@ async def test_n1_n2_a_private_answer_is_never_dialled() -> None:
                     assert (refused.status_code, reason) == (403, "address_refused"), answer
         assert (recorder.connections, stage.issuer.minted) == (0, 0)
     recorder.stop()
+
+
+async def test_n1_n2_a_private_literal_is_never_dialled() -> None:
+    """The operator has written the address itself; only `allow_networks` says that it is meant."""
+    literals = [f"[{address}]" if ":" in address else address for address in N_ADDRESSES]
+    async with recording() as (recorder, port):
+        urls = [*(f"https://{literal}:{port}" for literal in literals), f"http://127.0.0.9:{port}"]
+        more = "".join(f"- {{{{name: at{n}, url: '{url}', {FIELDS}}}}}\n" for n, url in enumerate(urls))
+        async with ready_stage(more=more, policy_for=[f"at{n}" for n in range(len(urls))]) as stage:
+            workflow = await opened(stage)
+            for number, literal in enumerate(urls):
+                answer = await call(stage, workflow.handle, path=f"/at{number}/x")
+                assert (answer[9:12], reason_of(answer)) == (b"403", "address_refused"), literal
+            assert (recorder.connections, stage.issuer.minted) == (0, 0)
 
 
 async def test_n6_what_was_checked_is_dialled_and_rebinding_changes_nothing() -> None:
@@ -701,19 +813,31 @@ async def test_l1_a_stale_or_foreign_handle_is_407_and_never_falls_through() -> 
             assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 407", "handle_invalid")
 
 
+async def as_uid(uid: int, port: int, request: str) -> bytes:
+    """What a process of another uid is answered."""
+    script = (
+        "import socket,sys; s=socket.create_connection(('127.0.0.1', int(sys.argv[1]))); s.sendall(sys.argv[2].encode());"
+        "d=b''\nwhile True:\n b=s.recv(65536)\n if not b: break\n d+=b\nsys.stdout.buffer.write(d)"
+    )
+    words = ["/usr/bin/python3", "-c", script, str(port), request]
+    done = await asyncio.to_thread(subprocess.run, words, user=uid, capture_output=True, check=True, timeout=30)
+    return done.stdout
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another uid")
-async def test_l1_another_uid_is_refused() -> None:
-    async with ready_stage() as stage:
+@pytest.mark.parametrize("declared", [False, True])
+async def test_l1_another_uid_is_refused(declared: bool) -> None:
+    """A good handle or a workflow's own listener, in the hands of a uid that is nobody's or another agent's."""
+    async with two_agents(65534 if declared else 65533) as stage:
         workflow = await opened(stage, listener=True)
-        script = (
-            "import socket,sys; s=socket.create_connection(('127.0.0.1', int(sys.argv[1])));"
-            "s.sendall(b'GET http://x.test/ HTTP/1.1\\r\\nHost: x.test\\r\\nConnection: close\\r\\n\\r\\n');"
-            "d=b''\nwhile True:\n b=s.recv(65536)\n if not b: break\n d+=b\nprint(d.decode())"
-        )
-        words = ["/usr/bin/python3", "-c", script, str(port_of(workflow.proxy_url))]
-        done = await asyncio.to_thread(subprocess.run, words, user=65534, capture_output=True, check=True)
-        out = done.stdout
-        assert "x-spanlock-reason: unknown_caller" in out.decode()
+        plain = "GET /search/x HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        carrying = f"{plain}x-spanlock-workflow: {workflow.handle}\r\n\r\n"
+        shared, own = port_of(stage.app.addresses["reverse"]), port_of(workflow.proxy_url)
+        assert reason_of(await as_uid(65534, own, plain + "\r\n")) == "unknown_caller"
+        answer = await as_uid(65534, shared, carrying)
+        assert reason_of(answer) == ("handle_invalid" if declared else "unknown_caller")
+        assert answer[9:12] == (b"407" if declared else b"403")
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
 
 
 def test_l1_a_closed_client_proves_nothing() -> None:
