@@ -1,6 +1,7 @@
 """The known attacks on such proxies, each row named by its number; real bytes to real sockets on the embedded stage."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from urllib.parse import quote, unquote
 import grpc.aio
 import httpx
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -227,11 +230,20 @@ def test_h8_the_longest_name_is_none_too_long() -> None:
     assert parse_authority(f"{longest}.:65535", None) == Authority(longest, 65535)
 
 
-def test_h9_an_empty_list_denies() -> None:
-    with pytest.raises(CallerError):
-        Router([]).by_name("anything")
+async def test_h9_an_empty_list_denies() -> None:
     with pytest.raises(ValueError, match="at least 1 item"):
         PolicyConfig(files=())
+    async with ready_stage() as stage:
+        workflow, explicit = await opened(stage), port_of(stage.app.addresses["explicit"])
+        text = stage.config_text()
+        (stage.dir / "spanlock.yaml").write_text(text[: text.index("tools:")] + "tools: []\n")
+        assert (await stage.app.reload()).applied
+        target = f"{stage.search.host}:{stage.search.port}"
+        for request in (f"CONNECT {target}", f"GET http://{target}/", f"GET https://{target}/"):
+            answer = await raw(explicit, f"{request} HTTP/1.1\r\nHost: {target}\r\nConnection: close\r\n\r\n".encode())
+            assert answer[9:12] == b"403", answer
+        assert reason_of(await call(stage, workflow.handle)) == "unknown_tool"
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
 
 
 async def test_h11_a_redirect_is_handed_back_and_never_followed() -> None:
@@ -771,17 +783,25 @@ async def test_n6_what_was_checked_is_dialled_and_rebinding_changes_nothing() ->
 
 
 async def test_n8_the_sidecars_own_ports_cannot_be_reached_through_it() -> None:
-    more = "- {{name: self, url: 'http://127.0.0.1:@PORT@', issuer: demo-issuer, audience: tool-search, allow_networks: [127.0.0.0/8]}}\n"
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    async with ready_stage(more=more.replace("@PORT@", str(port)), policy_for=("self",), health=port) as stage:
-        handle = (await opened(stage)).handle
-        async with httpx.AsyncClient(trust_env=False, headers={"x-spanlock-workflow": handle}) as agent:
-            answer = await agent.get(f"http://{stage.app.addresses['reverse']}/self/metrics")
-        assert answer.headers["x-spanlock-reason"] == "address_refused"
+    """Every one that it listens on, whatever the operator's configuration says of loopback: a tool of ours would be ourselves."""
+    names = ("health", "otlp-grpc", "otlp-http", "explicit", "reverse", "own")
+    async with ready_stage(policy_for=names) as stage:
+        app, workflow = stage.app, await opened(stage, listener=True)
+        addresses = [*(app.addresses[name] for name in ("explicit", "reverse")), workflow.proxy_url]
+        assert app.health is not None
+        ports = [app.health.port, app.otlp.grpc_port, app.otlp.http_port, *map(port_of, addresses)]
+        assert len({*ports}) == len(names) and all(ports)
+        (stage.dir / "spanlock.yaml").write_text(
+            stage.config_text()
+            + "".join(
+                f"- {{name: {name}, url: 'http://127.0.0.1:{port}', issuer: demo-issuer, allow_networks: [127.0.0.0/8]}}\n"
+                for name, port in zip(names, ports, strict=True)
+            )
+        )
+        assert (await app.reload()).applied
+        for name in names:
+            assert reason_of(await call(stage, workflow.handle, path=f"/{name}/metrics")) == "address_refused", name
+        assert stage.issuer.minted == 0
 
 
 def test_n9_nothing_is_excepted_from_the_proxy(tmp_path: Path) -> None:
@@ -860,14 +880,25 @@ def test_l1_two_agents_with_one_uid_need_handles() -> None:
         callers.by_uid(6)
 
 
-async def test_l2_the_ca_key_is_nowhere_on_disk_and_signs_for_tools_only() -> None:
-    async with ready_stage() as stage:
-        workflow = await opened(stage, listener=True)
-        async with client(stage, workflow.proxy_url) as agent:
-            await agent.get(url(stage.search))
-        for path in stage.dir.rglob("*"):
-            if path.is_file():
-                assert b"PRIVATE KEY" not in path.read_bytes()
+async def test_l2_the_ca_key_is_in_no_file_of_the_process_and_signs_for_tools_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither below the run directory and the one for temporary files, nor in a nameless file that the process has open."""
+    with tempfile.TemporaryDirectory() as below:
+        monkeypatch.setattr(tempfile, "tempdir", below)
+        async with ready_stage() as stage:
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                assert (await agent.get(url(stage.search))).status_code == 200
+                held = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+                files = [path for path in (*Path(below).rglob("*"), *held) if path.is_file()]
+                assert stage.dir / "run/operator/workflows.jsonl" in files
+                needles = [b"PRIVATE KEY"]
+                for key in (stage.app.plane.ca._key, stage.app.plane.ca._leaf_key):
+                    number = key.private_numbers().private_value.to_bytes(32)
+                    der = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+                    needles += [number, number.hex().encode(), base64.b64encode(der)]
+                assert [path for path in files if any(needle in path.read_bytes() for needle in needles)] == []
     authority = CertificateAuthority(["api.x.com"], SystemClock())
     authority.leaf("api.x.com")
     with pytest.raises(CallerError):
@@ -985,6 +1016,34 @@ async def test_l8_a_close_cuts_what_streams_and_the_residual_life_is_told() -> N
         async with asyncio.timeout(5):
             while stage.search.streams:
                 await asyncio.sleep(0.01)
+
+
+async def test_l8_after_the_close_a_tool_that_asks_refuses_the_token_and_what_is_left_elsewhere_is_told() -> None:
+    """The token itself, straight to the tools: dead at the one that looks it up, alive at the other for as long as was said."""
+    async with ready_stage() as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            for tool in (stage.search, stage.reports):
+                assert (await agent.get(url(tool))).status_code == 200
+        stolen = {tool.host: tool.authorized[-1] for tool in (stage.search, stage.reports)}
+
+        async def accepted(tool: DemoTool) -> bool:
+            async with httpx.AsyncClient(verify=False, trust_env=False) as thief:  # noqa: S501 - the token is what matters
+                bearer = {"authorization": stolen[tool.host], "host": tool.host}
+                answer = await thief.get(f"https://127.0.0.1:{tool.port}/v1/items", headers=bearer)
+            return answer.status_code == 200
+
+        assert await accepted(stage.search) and await accepted(stage.reports), (
+            "while the workflow is open they are good"
+        )
+        before = stage.app.clock.now()
+        report = await closed(stage, workflow.workflow.id)
+        ends = {end.tool: end for end in report.leases}
+        assert {end.at_issuer for end in ends.values()} == {"confirmed"}
+        assert not await accepted(stage.search) and not ends["search"].residual.ToNanoseconds()
+        expires_at = stage.issuer.claims_of(stolen[stage.reports.host].removeprefix("Bearer "))["exp"]
+        left = ends["reports"].residual.ToNanoseconds() / 1e9
+        assert await accepted(stage.reports) and expires_at - 1 <= before + left <= expires_at + 2
 
 
 async def test_l1_an_empty_handle_is_a_bad_one_everywhere() -> None:
