@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sidecar import __version__
+from sidecar.address import host_and_port
 from sidecar.audit.log import AuditLog
 from sidecar.audit.sinks import FileSink, StdoutSink
 from sidecar.clock import Clock, SystemClock
@@ -273,7 +274,7 @@ class App:
         for name in dismissed:
             self.registry.close_all(CloseReason.AGENT_REMOVED, name)
         for tool in gone:
-            self.background.spawn(self.broker.withdraw(tool=tool.name), f"withdraw {tool.name}")
+            self.broker.drop(tool=tool.name)
         self.audit.reopen()
         self.log.info("reloaded", policy_epoch=self.decider.epoch, needs_restart=restart)
         return admin_pb2.ReloadResponse(applied=True, needs_restart=restart, policy_epoch=self.decider.epoch)
@@ -322,7 +323,10 @@ class App:
         return self.broker.needs_identity(agent)
 
     def _own_ports(self) -> frozenset[int]:
+        """Those that no tool may lead to: ours, and the SPIRE agent's if it has one (N8)."""
         ports = {self.otlp.grpc_port, self.otlp.http_port, self.health.port if self.health is not None else 0}
+        if self.settings.spiffe.socket.startswith("tcp://"):
+            ports.add(host_and_port(self.settings.spiffe.socket.removeprefix("tcp://"))[1])
         return self.listeners.ports() | frozenset(ports - {0})
 
     def _lease_event(self, record: LeaseRecord) -> None:

@@ -1,6 +1,7 @@
 """What most tests need: the embedded stage, a workflow on it, and raw bytes to a proxy port."""
 
 import asyncio
+import os
 import random
 import ssl
 import time
@@ -31,6 +32,38 @@ class Staged(Protocol):
     def operator_socket(self) -> Path: ...
 
 
+OTHER_ID = "spiffe://demo.spanlock.test/other"
+
+
+class TwoAgents(Stage):
+    """Two declared agents that may use every tool: `demo`, and `other`, which runs as `uid` (by default as the same one)."""
+
+    def __init__(self, uid: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._uid = os.getuid() if uid is None else uid
+        self.spire.entries.append(OTHER_ID)
+
+    def config_text(self) -> str:
+        agents = f'agents: [{{name: other, spiffe_id: "{OTHER_ID}", uid: {self._uid}}}, '
+        return super().config_text().replace("agents: [", agents)
+
+    def write_files(self) -> None:
+        super().write_files()
+        policy = self.dir / "policy.cedar"
+        policy.write_text(policy.read_text() + 'permit(principal == Spanlock::Agent::"other", action, resource);\n')
+
+    @property
+    def other_socket(self) -> Path:
+        return self.dir / "run/agents/other/agent.sock"
+
+
+@asynccontextmanager
+async def two_agents(uid: int | None = None, **options: Any) -> AsyncIterator[TwoAgents]:
+    async with TwoAgents(uid, **options) as stage:
+        assert await stage.app.svids.wait_ready(10)
+        yield stage
+
+
 @asynccontextmanager
 async def ready_stage(**options: Any) -> AsyncIterator[Stage]:
     async with Stage(**options) as stage:
@@ -55,9 +88,10 @@ async def timed_stage(**options: Any) -> AsyncIterator[tuple[Stage, FakeClock]]:
 
 @asynccontextmanager
 async def stub(
-    stage: Staged, service: Any = workflows_pb2_grpc.WorkflowsStub, operator: bool = False
+    stage: Staged, service: Any = workflows_pb2_grpc.WorkflowsStub, operator: bool = False, socket: Path | None = None
 ) -> AsyncIterator[Any]:
-    socket = stage.operator_socket if operator else stage.agent_socket
+    """A service of the agent's own socket, unless another is named."""
+    socket = socket or (stage.operator_socket if operator else stage.agent_socket)
     async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
         yield service(channel)
 
@@ -111,12 +145,15 @@ async def raw(port: int, request: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def tunnel(stage: Staged, port: int, tool: Any, sni: str | None = None) -> AsyncIterator[tuple[Any, Any]]:
-    """CONNECT to `tool`, then TLS with `sni` as the server name."""
+async def tunnel(
+    stage: Staged, port: int, tool: Any, sni: str | None = None, handle: str = ""
+) -> AsyncIterator[tuple[Any, Any]]:
+    """CONNECT to `tool`, with a workflow's `handle` if there is one, then TLS with `sni` as the server name (an address: none)."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         target = f"{tool.host}:{tool.port}"
-        writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        proof = f"Proxy-Authorization: Bearer {handle}\r\n" if handle else ""
+        writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{proof}\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200"), head
         context = ssl.create_default_context(cadata=stage.app.plane.ca.pem)

@@ -1,6 +1,7 @@
 """Which workflow a call belongs to, and which destination: every rule of both, with what each refuses."""
 
 import base64
+import os
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from sidecar.proxy.http1 import Fields, parse_request
 from sidecar.proxy.inject import stripped
 from sidecar.tools.names import parse_authority
 from sidecar.tools.router import Router
-from tests.stage import client, closed, opened, port_of, ready_stage, url
+from tests.stage import call, client, closed, opened, port_of, raw, ready_stage, reason_of, two_agents, url
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
@@ -54,6 +55,36 @@ async def test_a_workflows_own_listener_takes_its_handle_and_no_other() -> None:
         assert (await asked(stage, f"http://x:{one.handle}@127.0.0.1:{port}")).status_code == 200
         with pytest.raises(httpx.ProxyError, match="407"):
             await asked(stage, f"http://x:{other.handle}@127.0.0.1:{port}")
+
+
+async def test_a_handle_is_good_for_its_own_agent_alone() -> None:
+    """Whoever else is declared here has got hold of it: that is a 407 by every way, and falls through to no workflow of theirs."""
+    async with two_agents(os.getuid() + 1, more="workflows: {{bind_only_open: true}}\n") as stage:
+        mine, app = await opened(stage), stage.app
+        app.registry.open("other", name="theirs")
+        app.plane.find_caller = lambda local, peer: app.callers.by_agent("other")
+        assert (await asked(stage, explicit(stage))).status_code == 200, "without it they have a workflow of their own"
+        with pytest.raises(httpx.ProxyError, match="407"):
+            await asked(stage, explicit(stage, f"x:{mine.handle}@"))
+        answer = await call(stage, mine.handle)
+        assert (answer[:12], reason_of(answer)) == (b"HTTP/1.1 407", "handle_invalid")
+
+
+async def test_a_credential_handle_does_not_come_by_another_workflows_listener() -> None:
+    async with ready_stage() as stage:
+        own, app = await opened(stage, listener=True), stage.app
+        other = app.registry.get((await opened(stage)).workflow.id)
+        tool = app.plane.router.by_name("search")
+        lease = await app.broker.lease(other, tool, app.decider.decide_exchange(other, tool, tool.scopes))
+        head = f"GET /search/x HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {app.broker.handle(lease)}\r\n"
+        for port, more, outcome in (
+            (port_of(app.addresses["reverse"]), "", ""),
+            (port_of(own.proxy_url), "", "handle_invalid"),
+            (port_of(app.addresses["reverse"]), f"x-spanlock-workflow: {own.handle}\r\n", "handle_invalid"),
+        ):
+            answer = await raw(port, f"{head}{more}Connection: close\r\n\r\n".encode())
+            assert reason_of(answer) == outcome and answer[9:12] == (b"407" if outcome else b"200"), answer
+        assert stage.search.requests == 1
 
 
 async def test_a_listener_is_its_own_callers_alone() -> None:

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
 
-from sidecar.cli.stage import Servers
+from sidecar.cli.stage import AGENT_ID, Servers, config_of
 from sidecar.wire.spanlock.v1 import admin_pb2, admin_pb2_grpc, workflows_pb2_grpc
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
+
+ISSUER = '{name: i, kind: token_exchange, issuer: "https://issuer.test"}'
+TOOL = '- {name: t, url: "https://t.test", issuer: i, audience: t}\n'
 
 
 class Daemon:
@@ -229,10 +233,18 @@ async def test_reload_closes_the_workflows_of_an_agent_that_is_gone(servers: Ser
         assert report.reason == "agent_removed"
 
 
-def test_it_cannot_be_traced_and_dumps_no_core() -> None:
+def test_it_cannot_be_traced_and_dumps_no_core(tmp_path: Path) -> None:
+    """Of the command itself, at the moment when it begins to serve: only the process can say it, where everybody is root."""
+    config = tmp_path / "spanlock.yaml"
+    config.write_text(config_of(tmp_path, spire=tmp_path / "s", agent=AGENT_ID, issuer=ISSUER) + TOOL)
+    (tmp_path / "policy.cedar").write_text("permit(principal, action, resource);")
     script = (
-        "import ctypes, resource; from sidecar.cli.run import _harden; _harden();"
-        "print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE))"  # PR_GET_DUMPABLE
+        "import ctypes, resource, sys\nfrom sidecar.cli import run\nfrom sidecar.__main__ import main\n"
+        "async def serve(settings, path):\n"
+        "    print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE))\n"  # PR_GET_DUMPABLE
+        "    return 0\n"
+        "run._serve = serve\nmain()"
     )
-    out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert out == "0 (0, 0)\n"
+    words = [sys.executable, "-c", script, "run", "-c", str(config)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, "0 (0, 0)\n"), done.stderr

@@ -233,3 +233,15 @@ async def test_a_token_that_a_reload_forbids_during_its_exchange_is_not_handed_o
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await asked
         assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_a_call_that_begins_right_after_a_reload_keeps_its_lease() -> None:
+    """The withdrawal of what the old tool had runs a step later, by name, and takes the new tool's first lease with it."""
+    async with ready_stage() as stage:
+        app = stage.app
+        text = stage.config_text().replace("audience: tool-search\n", "audience: tool-search\n  max_ttl: 60\n", 1)
+        (stage.dir / "spanlock.yaml").write_text(text)
+        workflow = app.registry.open("demo", name="w")
+        assert (await app.reload()).applied
+        tool = app.plane.router.by_name("search")
+        assert await app.broker.lease(workflow, tool, app.decider.decide_exchange(workflow, tool, tool.scopes))

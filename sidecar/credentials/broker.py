@@ -283,11 +283,15 @@ class Broker:
 
         `bar`: open workflows that can lease that tool (any, when none is named) no more.
         """
-        matching = self.live.matching(workflow, agent, tool)
         for barred in bar:
             self._barred.setdefault(barred.id, set()).add(tool)
+        return await self._endings.ends(self.drop(workflow, agent, tool))
+
+    def drop(self, workflow: str | None = None, agent: str | None = None, tool: str | None = None) -> list[Held]:
+        """Every matching lease, before this returns; what they minted is revoked in the background."""
+        matching = self.live.matching(workflow, agent, tool)
         self._drop_all(matching, LeaseEvent.WITHDRAWN, "withdrawn")
-        return await self._endings.ends(matching)
+        return matching
 
     def expire(self, held: Held) -> None:
         """The credential's time is over and nobody renewed it."""

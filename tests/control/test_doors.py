@@ -12,50 +12,23 @@ import grpc.aio
 import httpx
 import pytest
 
-from sidecar.cli.stage import Stage
 from sidecar.clock import SystemClock
 from sidecar.control import sockets, workflows_service
 from sidecar.control.sockets import Socket
 from sidecar.errors import ConfigError
 from sidecar.wire.spanlock.v1 import workflows_pb2 as pb
-from sidecar.wire.spanlock.v1 import workflows_pb2_grpc
 from sidecar.workflows import registry as registry_module
-from tests.stage import closed, opened, port_of, raw, ready_stage, reason_of, stub
-
-OTHER_ID = "spiffe://demo.spanlock.test/other"
-
-
-class TwoAgents(Stage):
-    """Two declared agents that run as the same uid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spire.entries.append(OTHER_ID)
-
-    def config_text(self) -> str:
-        agents = f'agents: [{{name: other, spiffe_id: "{OTHER_ID}", uid: {os.getuid()}}}, '
-        return super().config_text().replace("agents: [", agents)
-
-    def write_files(self) -> None:
-        super().write_files()
-        policy = self.dir / "policy.cedar"
-        policy.write_text(policy.read_text() + 'permit(principal == Spanlock::Agent::"other", action, resource);\n')
-
-    @property
-    def other_socket(self) -> Path:
-        return self.dir / "run/agents/other/agent.sock"
+from tests.stage import TwoAgents, closed, opened, port_of, raw, ready_stage, reason_of, stub, two_agents
 
 
 @pytest.fixture
 async def two() -> AsyncIterator[TwoAgents]:
-    async with TwoAgents() as stage:
-        assert await stage.app.svids.wait_ready(10)
+    async with two_agents() as stage:
         yield stage
 
 
 async def other_opens(stage: TwoAgents, **fields: Any) -> pb.OpenResponse:
-    async with grpc.aio.insecure_channel(f"unix:{stage.other_socket}") as channel:
-        workflows = workflows_pb2_grpc.WorkflowsStub(channel)  # type: ignore[no-untyped-call]
+    async with stub(stage, socket=stage.other_socket) as workflows:
         response: pb.OpenResponse = await workflows.Open(pb.OpenRequest(name="theirs", **fields))
         return response
 

@@ -1,6 +1,7 @@
 """Exchange and Release over gRPC: what may be asked for, what is handed out, and that it dies with its workflow."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,15 +12,17 @@ from sidecar.cli.stage import Stage
 from sidecar.control.token_exchange_service import ACCESS_TOKEN_TYPE, HANDLE_TYPE
 from sidecar.wire.spanlock.v1 import token_exchange_pb2 as pb
 from sidecar.wire.spanlock.v1 import token_exchange_pb2_grpc
-from tests.stage import closed, opened, ready_stage, stub
+from tests.stage import closed, opened, ready_stage, stub, two_agents
 
 EXPORTING = """\
 - {{name: exported, url: "https://exported.tool.test", issuer: demo-issuer, audience: tool-search, resource: "https://r.test/", scopes: ["search:read", "search:write"], export: true, introspection: {{client_id: tool-search, secret_file: tool-search.secret}}}}
 """
 
 
-async def exchanged(stage: Stage, workflow: str, tool: str = "exported", **fields: Any) -> pb.ExchangeResponse:
-    async with stub(stage, token_exchange_pb2_grpc.TokenExchangeStub) as service:
+async def exchanged(
+    stage: Stage, workflow: str, tool: str = "exported", socket: Path | None = None, **fields: Any
+) -> pb.ExchangeResponse:
+    async with stub(stage, token_exchange_pb2_grpc.TokenExchangeStub, socket=socket) as service:
         answer: pb.ExchangeResponse = await service.Exchange(
             pb.ExchangeRequest(workflow_id=workflow, tool=tool, **fields)
         )
@@ -126,3 +129,16 @@ async def test_an_exported_token_is_released_by_itself_and_its_leaving_is_in_the
             assert (await service.Release(release)).at_issuer == "confirmed"
             assert stage.issuer.active(token.access_token) is None
             assert (await refused(service.Release(release)))[0] == "handle_invalid"
+
+
+async def test_another_agents_workflow_and_lease_are_nobodys_to_use_or_end() -> None:
+    """An id is no secret, it stands in reports and logs: what it names is its own agent's alone."""
+    async with two_agents() as stage:
+        workflow = (await opened(stage)).workflow.id
+        lease = (await exchanged(stage, workflow, "search")).lease_id
+        minted = stage.issuer.minted
+        theirs = exchanged(stage, workflow, "search", socket=stage.other_socket)
+        assert (await refused(theirs))[0] == "workflow_unknown" and stage.issuer.minted == minted
+        async with stub(stage, token_exchange_pb2_grpc.TokenExchangeStub, socket=stage.other_socket) as service:
+            assert (await refused(service.Release(pb.ReleaseRequest(lease_id=lease))))[0] == "lease_gone"
+        assert [held.id for held in stage.app.broker.leases()] == [lease] and not stage.issuer.revoked

@@ -1,6 +1,7 @@
 """What a token service may answer, and what may come of it: a stable reason, bounded cost, nothing held is lost."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from aiohttp import web
 
 from sidecar.demo.token_service import DemoTokenService
 from sidecar.errors import IssuerError, Reason
+from sidecar.model.lease import IssuerOutcome, RevocationRecord
 from tests.stage import client, closed, opened, ready_stage, url
 
 
@@ -21,6 +23,22 @@ async def drip(request: web.Request) -> web.StreamResponse:
             await asyncio.sleep(0.05)
     except ConnectionError:
         return response
+
+
+class Flood:
+    """Spaces without end, as fast as they are read; counts what could be sent."""
+
+    sent = 0
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b" " * 65536)
+                self.sent += 65536
+        except ConnectionError:
+            return response
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -214,6 +232,109 @@ async def test_an_answer_that_never_ends_is_bounded_and_reported_as_mint_unknown
         report = await closed(stage, workflow.workflow.id)
         assert [end.at_issuer for end in report.leases] == ["mint_unknown"]
         stage.issuer.gate.set()
+
+
+SLOW: dict[str, Callable[[web.Request], Awaitable[Any]]] = {"slow": drip, "without_end": Flood()}
+PLAIN = {
+    "not_json": lambda: web.Response(text="<html>"),
+    "a_list": lambda: web.json_response([{"active": True}]),
+    "no_active": lambda: web.json_response({"sub": "x"}),
+    "active_is_text": lambda: web.json_response({"active": "false"}),
+    "active_is_null": lambda: web.json_response({"active": None}),
+    "active_is_a_number": lambda: web.json_response({"active": 0}),
+    "redirect": lambda: web.Response(status=302, headers={"location": "https://evil.test/"}),
+    "ten_megabytes": lambda: web.Response(body=b" " * (10 << 20)),
+    "server_error": lambda: web.Response(status=500),
+    "refused": lambda: web.json_response({"error": "invalid_client"}, status=401),
+}
+
+
+class Broken:
+    """One endpoint of the token service, which answers with `name` while `begun` is set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, endpoint: str, name: str) -> None:
+        self.begun = False
+        whole = getattr(DemoTokenService, endpoint)
+
+        async def answered(service: DemoTokenService, request: web.Request) -> Any:
+            if not self.begun:
+                return await whole(service, request)
+            return await SLOW[name](request) if name in SLOW else PLAIN[name]()
+
+        patch.setattr(DemoTokenService, endpoint, answered)
+        patch.setattr("sidecar.credentials.revoker._LOOK_SECONDS", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason", "says"),
+    [("slow", "issuer_unavailable", "deadline"), ("without_end", "issuer_malformed", "64 KiB")],
+)
+async def test_an_answer_that_never_comes_to_its_end_is_bounded(
+    name: str, reason: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte now and then: each comes in time, and the whole never does. Or as fast as we like: it is not read for ever."""
+    monkeypatch.setitem(SLOW, "without_end", flood := Flood())
+    Broken(monkeypatch, "_token", name).begun = True
+    deadline = 0.4 if name == "slow" else 5
+    async with ready_stage(subject="svid", more=f"credentials: {{{{exchange_deadline: {deadline}}}}}\n") as stage:
+        workflow = await opened(stage, listener=True)
+        async with client(stage, workflow.proxy_url) as agent:
+            answer = await agent.get(url(stage.search))
+        assert answer.headers["x-spanlock-reason"] == reason and says in answer.text
+        report = await closed(stage, workflow.workflow.id)
+        assert [end.at_issuer for end in report.leases] == ["mint_unknown"] and stage.search.requests == 0
+        assert flood.sent < 32 << 20, "what the kernel's buffers take, and no more"
+
+
+@pytest.mark.parametrize("begins", ["before", "after"])
+@pytest.mark.parametrize("name", [*PLAIN, *SLOW])
+async def test_a_bad_look_up_confirms_nothing_and_holds_no_revocation_up(name: str, begins: str) -> None:
+    """`confirmed` needs two clean answers: one that went wrong, on either side of the revocation, is no proof."""
+    with pytest.MonkeyPatch.context() as patch:
+        broken = Broken(patch, "_introspect", name)
+        async with ready_stage(subject="svid") as stage:
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                assert (await agent.get(url(stage.search))).status_code == 200
+            broken.begun = begins == "before"
+            revoke = stage.app.broker.revoker.exchangers["demo-issuer"].revoke
+
+            async def revoked(record: RevocationRecord) -> IssuerOutcome:
+                outcome = await revoke(record)
+                broken.begun = begins == "after"
+                return outcome
+
+            patch.setattr(stage.app.broker.revoker.exchangers["demo-issuer"], "revoke", revoked)
+            report = await closed(stage, workflow.workflow.id)
+            assert [end.at_issuer for end in report.leases] == ["acknowledged"]
+            assert stage.issuer.minted == len(stage.issuer.revoked) == 1
+
+
+NO_REVOCATION = ("redirect", "ten_megabytes", "server_error", "refused", *SLOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "looks"), [("not_json", True), *((name, False) for name in NO_REVOCATION), ("server_error", True)]
+)
+async def test_a_bad_answer_to_a_revocation_is_none_and_the_token_is_not_forgotten(name: str, looks: bool) -> None:
+    """A 200 is a yes whatever its body says (RFC 7009): then the look-up tells that the token lives."""
+    with pytest.MonkeyPatch.context() as patch:
+        broken, look = Broken(patch, "_revoke", name), Broken(patch, "_introspect", "server_error")
+        patch.setattr("sidecar.credentials.revoker._FIRST", 0.01)
+        patch.setattr("sidecar.credentials.revoker._CAP", 0.01)
+        async with ready_stage(subject="svid, timeout: 0.5", more="credentials: {{revoke_deadline: 0.3}}\n") as stage:
+            workflow = await opened(stage, listener=True)
+            async with client(stage, workflow.proxy_url) as agent:
+                assert (await agent.get(url(stage.search))).status_code == 200
+            broken.begun, look.begun = True, not looks
+            report = await closed(stage, workflow.workflow.id)
+            assert [end.at_issuer for end in report.leases] == ["failed"] and report.leases[0].residual.seconds > 0
+            assert stage.app.broker.revoker.backlog == 1 and not stage.issuer.revoked
+            broken.begun = False
+            async with asyncio.timeout(10):
+                while stage.app.broker.revoker.backlog:
+                    await asyncio.sleep(0.01)
+            assert stage.issuer.minted == len(stage.issuer.revoked) == 1
 
 
 async def test_a_static_secret_is_local_only() -> None:

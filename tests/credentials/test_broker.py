@@ -54,6 +54,9 @@ class World:
         """Raised after a first token was minted."""
         self.identity = True
         self.permitted = True
+        self.forbidden: Action | None = None
+        self.decided_ttl = INF
+        """What policy says of a lease, as `permit` has what it says of a call."""
         self.same_token = ""
         """What the issuer gives each time, if it does."""
         self.life = 100.0
@@ -76,9 +79,9 @@ class World:
         return Secret("svid")
 
     def decide_lease(self, action: Action, workflow: Workflow, tool: Tool, scopes: tuple[str, ...]) -> Permit:
-        if not self.permitted:
+        if not self.permitted or action is self.forbidden:
             raise Denied(Reason.POLICY_DENIED, "no")
-        return permit(scopes)
+        return permit(scopes, self.decided_ttl)
 
     async def exchange(
         self, workflow: Workflow, tool: Tool, scopes: tuple[str, ...], ttl: float, minted: list[RevocationRecord]
@@ -195,6 +198,62 @@ async def test_a_renewed_credential_is_used_no_longer_than_the_first() -> None:
         await world.clock.advance(1)
     assert lease.epoch >= 3 and world.dropped == []
     renewer.cancel()
+
+
+@pytest.mark.parametrize("whose", ["the tool's", "that of the lease", "that of the call", "the issuer's"])
+async def test_the_shortest_life_is_the_leases(whose: str) -> None:
+    world, tool, asked = World(), TOOL, permit()
+    if whose == "the tool's":
+        tool = dataclasses.replace(TOOL, max_ttl=30.0)
+    elif whose == "that of the lease":
+        world.decided_ttl = 30.0
+    elif whose == "that of the call":
+        asked = permit(ttl=30.0)
+    else:
+        world.life = 30.0
+    lease = await world.broker.lease(world.workflow, tool, asked)
+    assert lease.ends_at == world.clock.now() + 30.0
+    await world.clock.advance(27.0)
+    assert world.broker.use(lease, world.workflow)
+    await world.clock.advance(3.0)
+    with pytest.raises(CallerError):
+        world.broker.use(lease, world.workflow)
+
+
+@pytest.mark.parametrize("forbidden", [Action.LEASE_ISSUE, Action.LEASE_RENEW])
+async def test_policy_is_asked_about_the_issue_and_about_the_renewal(forbidden: Action) -> None:
+    world = World()
+    world.forbidden = forbidden
+    if forbidden is Action.LEASE_ISSUE:
+        with pytest.raises(Denied):
+            await world.lease()
+        assert not world.minted
+        return
+    lease = await world.lease()
+    world.broker.use(lease, world.workflow)
+    await world.clock.advance(71.0)
+    Renewer(world.broker, world.clock).tick()
+    await spin()
+    assert lease.state is LeaseState.GONE and len(world.minted) == 1
+
+
+async def test_the_number_of_all_leases_is_bounded() -> None:
+    world = World(max_leases=1)
+    await world.lease()
+    other = Workflow("wf_2", "another", "w", Secret("h"), 0.0, INF, INF)
+    with pytest.raises(CallerError) as caught:
+        await world.broker.lease(other, TOOL, permit())
+    assert caught.value.reason is Reason.TOO_MANY_LEASES and len(world.minted) == 1
+
+
+async def test_a_credential_that_expires_at_once_is_not_used() -> None:
+    """It would not be good any more when it arrives."""
+    world = World()
+    world.life = 1.0
+    with pytest.raises(IssuerError) as caught:
+        await world.lease()
+    await spin()
+    assert caught.value.reason is Reason.CREDENTIAL_UNUSABLE and not world.alive, "and what was minted is taken back"
 
 
 async def test_an_answer_never_seen_is_reported_as_mint_unknown() -> None:
@@ -458,9 +517,11 @@ async def test_a_token_that_stays_active_after_its_revocation_is_no_recovery(
         return IssuerOutcome.ACKNOWLEDGED
 
     world.revoke = still_there  # type: ignore[method-assign]
-    world.close()
+    closing = world.close()
     for _ in range(5):
         await world.clock.advance(10.0)
+    assert [str(end.at_issuer) for end in (await closing).ends] == ["failed"]
+    assert world.broker.revoker.failing == {"i": "a revoked token is still active"}
     logged = capsys.readouterr().err
     assert logged.count("revocation_failed") == 1 and "recovered" not in logged
 

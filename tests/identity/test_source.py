@@ -1,6 +1,8 @@
 """Life with a SPIRE agent: late, absent, restarted, rotating, forgetful. A real Workload API over a real socket."""
 
 import asyncio
+import base64
+import json
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,9 +16,11 @@ from sidecar.clock import SystemClock
 from sidecar.demo.workload_api import DemoSpire
 from sidecar.errors import IdentityError, Reason
 from sidecar.identity.source import WorkloadSvids
-from sidecar.identity.workload_api import WorkloadApi
+from sidecar.identity.workload_api import HeldSvid, WorkloadApi
 from sidecar.model.caller import Agent
+from sidecar.secret import Secret
 from sidecar.tasks import Background
+from tests.fakes.clock import FakeClock
 
 ID = "spiffe://demo.spanlock.test/agent"
 
@@ -34,11 +38,11 @@ class Hasty(SystemClock):
 
 
 @asynccontextmanager
-async def source(socket: Path) -> AsyncIterator[tuple[WorkloadSvids, Hasty]]:
+async def source(socket: Path, hint: str | None = None) -> AsyncIterator[tuple[WorkloadSvids, Hasty]]:
     clock = Hasty()
     background = Background(lambda name, error: None)
     svids = WorkloadSvids(
-        WorkloadApi(f"unix://{socket}"), [Agent("a", ID)], clock, random.Random(1), lambda agent: True, background
+        WorkloadApi(f"unix://{socket}"), [Agent("a", ID, hint)], clock, random.Random(1), lambda agent: True, background
     )
     background.spawn(svids.run(), "run")
     background.spawn(svids.keep_fresh(), "fresh")
@@ -153,6 +157,96 @@ async def test_jwt_svids_are_fetched_once_and_cached(tmp_path: Path) -> None:
         assert all(token == tokens[0] for token in tokens) and "eyJ" not in repr(tokens)
         assert await svids.jwt_svid("a", "other") != tokens[0]
     await spire.stop()
+
+
+@pytest.mark.parametrize(("hint", "is_there"), [(None, True), ("internal", True), ("external", False)])
+async def test_a_declared_hint_chooses_among_the_svids_of_one_identity(
+    tmp_path: Path, hint: str | None, is_there: bool
+) -> None:
+    class Hinting(DemoSpire):
+        def _x509_response(self) -> Any:
+            response = super()._x509_response()
+            for svid in response.svids:
+                svid.hint = "internal"
+            return response
+
+    spire = Hinting([ID])
+    await spire.start(str(tmp_path / "s.sock"))
+    async with source(tmp_path / "s.sock", hint) as (svids, _):
+        await until(lambda: svids.health()[0]["ok"])
+        assert svids.ready is is_there
+    await spire.stop()
+
+
+class Scripted(WorkloadApi):
+    """A Workload API without a socket: its JWT-SVIDs live for `life` seconds, and say `claims` beside what was asked for."""
+
+    def __init__(self, clock: FakeClock, **claims: Any) -> None:
+        super().__init__("unix:///nowhere")
+        self.clock, self.claims = clock, claims
+        self.life = 100.0
+        self.minted = 0
+        self.down = False
+
+    async def x509_svids(self) -> AsyncIterator[list[HeldSvid]]:
+        yield [HeldSvid(ID, "", self.clock.now() + 3600.0)]
+        await asyncio.Event().wait()
+
+    async def jwt_svid(self, spiffe_id: str, audience: str) -> Secret:
+        if self.down:
+            raise IdentityError(Reason.SPIRE_UNAVAILABLE, "down")
+        self.minted += 1
+        claims = {
+            "sub": spiffe_id,
+            "aud": [audience],
+            "exp": self.clock.now() + self.life,
+            "n": self.minted,
+            **self.claims,
+        }
+        payload = base64.urlsafe_b64encode(json.dumps({k: v for k, v in claims.items() if v is not None}).encode())
+        return Secret(f"e30.{payload.decode().rstrip('=')}.x")
+
+
+@asynccontextmanager
+async def scripted(**claims: Any) -> AsyncIterator[tuple[WorkloadSvids, Scripted, FakeClock]]:
+    clock = FakeClock()
+    api, background = Scripted(clock, **claims), Background(lambda name, error: None)
+    svids = WorkloadSvids(api, [Agent("a", ID)], clock, random.Random(1), lambda agent: True, background)
+    background.spawn(svids.run(), "run")
+    background.spawn(svids.keep_fresh(), "fresh")
+    try:
+        assert await svids.wait_ready(5)
+        yield svids, api, clock
+    finally:
+        await background.aclose()
+        await svids.aclose()
+
+
+async def test_a_jwt_svid_is_fetched_anew_at_half_its_life_without_being_asked_for() -> None:
+    """So that there is always one to revoke with that outlives an outage of SPIRE by half a life at least."""
+    async with scripted() as (svids, api, clock):
+        first = await svids.jwt_svid("a", "aud")
+        await clock.advance(48.0, sleepers=1)
+        assert api.minted == 1 and await svids.jwt_svid("a", "aud") == first
+        for _ in range(4):
+            await clock.advance(1.0, sleepers=1)
+        assert api.minted == 2
+        api.down = True
+        await clock.advance(49.0, sleepers=1)
+        assert await svids.jwt_svid("a", "aud", revoking=True) != first, "the first has expired by now"
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [{"sub": "spiffe://demo.spanlock.test/other"}, {"sub": None}, {"aud": ["another"]}, {"aud": ["aud", "another"]}, {"aud": None},
+     {"aud": []}, {"exp": None}, {"exp": "soon"}],
+    ids=str,
+)  # fmt: skip
+async def test_a_jwt_svid_for_somebody_else_is_shown_to_nobody(claims: dict[str, Any]) -> None:
+    async with scripted(**claims) as (svids, _, __):
+        with pytest.raises(IdentityError) as caught:
+            await svids.jwt_svid("a", "aud")
+        assert caught.value.reason is Reason.NO_IDENTITY
 
 
 async def test_a_reload_gives_each_agent_its_own_identity_at_once(tmp_path: Path) -> None:

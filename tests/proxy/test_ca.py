@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import ipaddress
 import socket
 import ssl
 
@@ -60,6 +61,21 @@ def test_an_address_needs_no_server_name(host: str) -> None:
         shaken(authority.leaf("api.x.com"), authority.pem, host)
     with pytest.raises(ssl.SSLError, match="CALLBACK_FAILED"):
         shaken(authority.leaf(host), authority.pem, "api.x.com")
+
+
+def test_l2_the_ca_cannot_vouch_for_a_host_outside_the_policy() -> None:
+    """Whoever got at its key could sign anything, and a client that trusts it would still not believe it."""
+    authority = CertificateAuthority(["api.x.com", "203.0.113.7"], SystemClock())
+    root = x509.load_pem_x509_certificate(authority.pem.encode())
+    constraints = root.extensions.get_extension_for_class(x509.NameConstraints)
+    assert constraints.critical and constraints.value.permitted_subtrees == [
+        x509.IPAddress(ipaddress.ip_network("203.0.113.7")), x509.DNSName("api.x.com"),
+    ]  # fmt: skip
+    assert shaken(authority.leaf("api.x.com"), authority.pem, "api.x.com").getpeercert() is not None
+    for stranger in ("evil.test", "x.com", "203.0.113.8"):
+        forged = authority._context(stranger)
+        with pytest.raises(ssl.SSLCertVerificationError, match="permitted subtree violation"):
+            shaken(forged, authority.pem, stranger)
 
 
 async def test_a_tool_that_is_named_by_an_address_is_intercepted() -> None:

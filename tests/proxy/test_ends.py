@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import hashlib
 import socket
+import ssl
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from sidecar.cli.stage import Stage
@@ -16,12 +20,14 @@ from sidecar.model.audit import FlowRecord
 from sidecar.model.caller import Agent, Caller
 from sidecar.model.tool import Authority, Tool
 from sidecar.proxy.flow import Flow
+from sidecar.proxy.http1 import MAX_HEAD
 from sidecar.proxy.outbox import Outbox
 from sidecar.proxy.pool import IDLE_SECONDS, Pool
 from sidecar.proxy.upstream import Upstream
+from sidecar.wire.spanlock.v1 import admin_pb2, admin_pb2_grpc
 from tests.proxy.test_flow import SilentTool, Timed
 from tests.proxy.test_tools import TOOL
-from tests.stage import opened, port_of, raw, ready_stage, reason_of
+from tests.stage import client, closed, opened, port_of, raw, ready_stage, reason_of, stub, tunnel, url
 
 
 class EarlyTool:
@@ -46,11 +52,12 @@ class EarlyTool:
 
 
 @asynccontextmanager
-async def early_tool(**options: Any) -> AsyncIterator[tuple[Stage, EarlyTool, str]]:
+async def early_tool(scopes: str = "search:read", **options: Any) -> AsyncIterator[tuple[Stage, EarlyTool, str]]:
     tool = EarlyTool()
     port = await tool.start()
     try:
-        async with ready_stage(more=TOOL.format(port=port), policy_for=("raw",), **options) as stage:
+        more = TOOL.format(port=port).replace("search:read", scopes)
+        async with ready_stage(more=more, policy_for=("raw",), **options) as stage:
             yield stage, tool, (await opened(stage)).handle
     finally:
         tool.server.close()
@@ -95,10 +102,11 @@ async def test_a_call_that_a_reload_forbids_while_it_dials_is_not_sent(monkeypat
         assert reason_of(await asked) == "policy_denied" and tool.received == b"" and stage.issuer.minted == 0
 
 
-async def test_a_credential_handle_does_not_pass_by_the_ttl_of_a_path() -> None:
-    policy = 'permit(principal, action, resource);@ttl("10") permit(principal, action, resource) when { PATH };'
+@pytest.mark.parametrize("obligation", ['@ttl("10")', '@scopes("search:read")'])
+async def test_a_credential_handle_does_not_pass_by_the_obligations_of_a_path(obligation: str) -> None:
+    policy = f"permit(principal, action, resource);{obligation} permit(principal, action, resource) when {{ PATH }};"
     policy = policy.replace("PATH", 'context has path && context.path like "/young*"')
-    async with early_tool() as (stage, tool, _):
+    async with early_tool('search:read", "search:write') as (stage, tool, _):
         (stage.dir / "policy.cedar").write_text(policy)
         assert (await stage.app.reload()).applied
         workflow = stage.app.registry.open("demo", name="w")
@@ -135,6 +143,120 @@ async def test_a_bug_in_one_call_is_answered_and_ends_both_connections(monkeypat
         assert stage.app.plane.denials[-1].outcome == "internal_error"
         assert not stage.app.pool._idle and not stage.app.listeners.connections
         assert b" 200 " in await raw(port_of(stage.app.addresses["reverse"]), head("GET", handle, "Connection: close"))
+
+
+async def test_a_body_is_asked_for_only_when_the_call_is_permitted() -> None:
+    """An agent that waits for `100 Continue` sends a refused call's body nowhere; one that is permitted is not left waiting."""
+    async with ready_stage() as stage:
+        handle, port = (await opened(stage)).handle, port_of(stage.app.addresses["reverse"])
+        expects = "Expect: 100-continue", "Content-Length: 4", "Connection: close"
+        refused = await raw(port, head("POST", handle, *expects, path="/search/admin"))
+        assert reason_of(refused) == "policy_denied" and refused.startswith(b"HTTP/1.1 403")
+        assert (stage.search.requests, stage.issuer.minted) == (0, 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head("POST", handle, *expects, path="/search/x"))
+        assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"body")
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 200") and hashlib.sha256(b"body").hexdigest().encode() in answer
+        writer.close()
+
+
+async def test_a_connection_that_is_kept_gets_no_call_through_while_we_drain() -> None:
+    async with early_tool() as (stage, tool, handle):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(stage.app.addresses["reverse"]))
+        for draining, outcome in ((False, ""), (True, "draining")):
+            stage.app.plane.draining = draining
+            writer.write(head("GET", handle))
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+            assert (answer[9:12], reason_of(answer)) == (b"503" if draining else b"200", outcome)
+            if not draining:
+                await asyncio.wait_for(reader.readexactly(2), 10)
+        assert tool.received.count(b"GET ") == 1
+        writer.close()
+
+
+async def test_a_closed_workflow_leaves_no_port_no_tunnel_and_no_connection_to_a_tool() -> None:
+    async with ready_stage() as stage:
+        own, app = await opened(stage, listener=True), stage.app
+        workflow = app.registry.get(own.workflow.id)
+        explicit = port_of(app.addresses["explicit"])
+        async with (
+            tunnel(stage, explicit, stage.search, handle=own.handle) as (by_handle, _),
+            tunnel(stage, port_of(own.proxy_url), stage.search) as (by_listener, writer),
+        ):
+            host = f"search.tool.test:{stage.search.port}"
+            writer.write(f"GET /x HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert b" 200 " in await asyncio.wait_for(by_listener.readuntil(b"\r\n\r\n"), 10)
+            await until(lambda: app.pool._idle)
+            (idle,) = app.pool._idle[workflow.id]["search"]
+            spare = await app.pool.dial(workflow, app.plane.router.by_name("reports"))  # no lease's drop will close it
+            app.pool._idle[workflow.id]["reports"] = [spare]
+            app.pool._idle_count += 1
+            await closed(stage, workflow.id)
+            assert await asyncio.wait_for(by_handle.read(), 10) == b"", (
+                "it has nothing in flight and could begin something"
+            )
+            await asyncio.wait_for(by_listener.read(), 10)
+            assert not idle.alive and not spare.alive and not app.pool._idle
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port_of(own.proxy_url))
+
+
+async def test_an_operators_revoke_cuts_what_streams_and_closes_what_is_idle() -> None:
+    async with ready_stage() as stage:
+        workflow, app = await opened(stage, listener=True), stage.app
+        async with (
+            client(stage, workflow.proxy_url) as agent,
+            agent.stream("GET", url(stage.search, "/stream")) as stream,
+        ):
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("data:")
+            assert (await agent.get(url(stage.search))).status_code == 200
+            await until(lambda: app.pool._idle)
+            (idle,) = app.pool._idle[workflow.workflow.id]["search"]
+            async with stub(stage, admin_pb2_grpc.AdminStub, operator=True) as operator:
+                await operator.Revoke(admin_pb2.RevokeRequest(workflow_id=workflow.workflow.id, reissue=True))
+            with pytest.raises(httpx.HTTPError):
+                async with asyncio.timeout(10):
+                    async for _ in lines:
+                        pass
+            assert not idle.alive and app.registry.get(workflow.workflow.id).is_open
+            await until(lambda: not stage.search.streams)
+
+
+async def test_bytes_that_come_before_connect_is_answered_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be read as the beginning of TLS, or as a request that was never bound to the tunnel's destination."""
+    async with ready_stage() as stage:
+        port, target = port_of((await opened(stage, listener=True)).proxy_url), f"search.tool.test:{stage.search.port}"
+        connect = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n"
+        for early in (b"\r\n\x16\x03\x01", b"Content-Length: 3\r\n\r\n", b"\r\nGET / HTTP/1.1\r\n\r\n"):
+            assert reason_of(await raw(port, connect.encode() + early)) == "early_data"
+        leaf, begun, go_on = stage.app.plane.ca.leaf, threading.Event(), threading.Event()
+
+        def slow(host: str) -> ssl.SSLContext:
+            begun.set()
+            go_on.wait(10)
+            return leaf(host)
+
+        monkeypatch.setattr(stage.app.plane.ca, "leaf", slow)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{connect}\r\n".encode())
+        await until(begun.is_set)
+        writer.write(b"\x16\x03\x01")
+        await until(lambda: stage.app.plane.denials[-1].outcome == "early_data" and len(stage.app.plane.denials) == 4)
+        go_on.set()
+        answer = await asyncio.wait_for(reader.read(), 10)
+        assert reason_of(answer) == "early_data" and answer.count(b"HTTP/1.1 ") == 1
+        writer.close()
+
+
+async def test_a_head_that_is_too_long_is_answered_and_read_no_further() -> None:
+    async with ready_stage() as stage:
+        port = port_of(stage.app.addresses["reverse"])
+        for end in (b"", b"\r\n\r\n"):
+            answer = await raw(port, b"GET /search/x HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"y" * MAX_HEAD + end)
+            assert (answer[9:12], reason_of(answer)) == (b"431", "request_too_large")
 
 
 async def test_l8_what_the_kernel_has_not_sent_at_the_close_is_not_sent_after_it() -> None:

@@ -15,6 +15,53 @@ from tests.fakes.clock import FakeClock
 from tests.stage import ready_stage
 
 
+class Stream:
+    """A call that goes on."""
+
+    def cut(self) -> None:
+        raise AssertionError("nobody closes its workflow")
+
+
+def registry_of(clock: FakeClock, **config: float) -> Registry:
+    background = Background(lambda name, error: None)
+
+    def settle(workflow: Workflow) -> "asyncio.Task[CloseReport]":
+        async def settled() -> CloseReport:
+            return CloseReport(workflow.id, workflow.agent, str(workflow.close_reason))
+
+        return background.spawn(settled(), "settle")
+
+    return Registry(clock, WorkflowsConfig(**config), settle, lambda workflow, report: None, background)
+
+
+async def test_nobody_opens_a_workflow_for_longer_than_the_operator_allows() -> None:
+    clock = FakeClock()
+    registry = registry_of(clock, max_age=100.0, idle=50.0)
+    asking, modest, silent = (
+        registry.open("a", name="w", max_age=age, idle=idle) for age, idle in ((1e6, 1e6), (10.0, 5.0), (None, None))
+    )
+    now = clock.monotonic()
+    assert [(w.deadline - now, w.idle_seconds) for w in (asking, modest, silent)] == [(100, 50), (10, 5), (100, 50)]
+
+
+async def test_a_stream_that_goes_on_for_longer_than_the_idle_time_keeps_its_workflow_open() -> None:
+    clock, stream = FakeClock(), Stream()
+    registry = registry_of(clock, max_age=1000.0, idle=50.0)
+    workflow = registry.open("a", name="w")
+    registry.enter(workflow, stream, clock.monotonic())
+    for _ in range(5):
+        await clock.advance(49.0)
+        registry.expire()
+        assert workflow.is_open
+    registry.leave(workflow, stream, clock.monotonic())
+    await clock.advance(49.0)
+    registry.expire()
+    assert workflow.is_open, "its idle time begins when the stream ends"
+    await clock.advance(51.0)
+    registry.expire()
+    assert workflow.close_reason is CloseReason.IDLE
+
+
 async def test_a_restart_tells_of_every_workflow_however_many_are_remembered() -> None:
     told: list[str] = []
     background = Background(lambda name, error: None)
