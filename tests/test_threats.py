@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import socket
 import ssl
 import subprocess
 import sys
