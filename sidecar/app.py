@@ -21,6 +21,7 @@ from sidecar.config.load import load
 from sidecar.config.schema import Settings
 from sidecar.control.admin_service import AdminOps
 from sidecar.control.health import HealthServer
+from sidecar.control.run_dir import operator_path
 from sidecar.control.sockets import Socket, agent_socket, operator_socket
 from sidecar.control.status import Reloads, StatusPage
 from sidecar.control.workflows_service import Doors
@@ -122,7 +123,7 @@ class App:
         self.listeners = Listeners(self.plane)
         self.otlp = OtlpReceivers(
             settings.otlp, self.find_caller, lambda uid: self.callers.by_uid(uid), self.registry.span_ended, clock,
-            Path(settings.run_dir) / "operator",
+            operator_path(Path(settings.run_dir)).parent,
         )  # fmt: skip
         self._reloads = Reloads(clock.now())
         self.addresses: dict[str, str] = {}
@@ -136,7 +137,7 @@ class App:
         self.health = (
             HealthServer(settings.health, self.page.ready, self.metrics) if settings.health is not None else None
         )
-        self.roll = Roll(Path(settings.run_dir) / "operator" / "workflows.jsonl")
+        self.roll = Roll(operator_path(Path(settings.run_dir)).with_name("workflows.jsonl"))
         self._sockets: list[Socket] = []
         self._gauges()
 

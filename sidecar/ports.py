@@ -1,6 +1,5 @@
 """The few Protocols: where two real implementations exist, or siblings meet that must not import each other."""
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from sidecar.model.lease import Credential, IssuerOutcome, RevocationRecord
@@ -75,7 +74,3 @@ class AuditSink(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-Health = Mapping[str, object]
-"""One dependency's row of `status`: name, ok, state, since, last_error, next_try, effect."""

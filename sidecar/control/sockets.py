@@ -26,11 +26,8 @@ from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.model.caller import Agent
 from sidecar.tools.router import Router
 from sidecar.wire.spanlock.v1 import (
-    admin_pb2,
     admin_pb2_grpc,
-    token_exchange_pb2,
     token_exchange_pb2_grpc,
-    workflows_pb2,
     workflows_pb2_grpc,
 )
 
@@ -198,7 +195,3 @@ def operator_socket(run_dir: Path, ops: AdminOps, clock: Clock) -> Socket:
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(ops), server)  # type: ignore[no-untyped-call]
 
     return Socket(operator_path(run_dir), ("spanlock.v1.Admin",), add, None, lambda: True, clock, SPARE_CALLS)
-
-
-DESCRIPTORS = (admin_pb2.DESCRIPTOR, token_exchange_pb2.DESCRIPTOR, workflows_pb2.DESCRIPTOR)
-"""Imported for reflection: each file registers itself when it is imported."""

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 
+from sidecar.address import host_and_port
 from sidecar.errors import ConfigError, Reason, SpanlockError
 from sidecar.site import Owner, ends_of, refusal
 from sidecar.telemetry.logging import logger
@@ -57,11 +58,11 @@ class GrpcDoor:
 
     async def start(self) -> int:
         """Returns the port. Raises `ConfigError` when the address is taken."""
-        host, _, port = self._address.rpartition(":")
+        host, port = host_and_port(self._address)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._directory.chmod(0o700)
-            self._listener = await asyncio.start_server(self._serve, host.strip("[]"), int(port), limit=_PIECE)
+            self._listener = await asyncio.start_server(self._serve, host, port, limit=_PIECE)
         except OSError as error:
             what = f"otlp.grpc: cannot listen on {self._address}: {error.strerror}"
             raise ConfigError(Reason.CONFIG_INVALID, what) from None
